@@ -1,0 +1,72 @@
+"""HyperDP: private images in, one noisy sum, a LoRA adapter with a privacy certificate out.
+
+The modules, in the order in which to read them:
+
+==================  =======================================================================
+`data`              images, named data sets, the one range contract
+`glyphs`            the public tasks, rendered from fonts
+`embedding`         image -> vector of norm at most 1, one example at a time
+`mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
+`accounting`        (epsilon, delta) <-> noise multiplier
+`certificate`       what was released, and its independent check
+`hypernetwork`      noisy sum -> LoRA adapter
+`adapter`           LoRA geometry, many adapters in one batch, PEFT folders
+`diffusion`         the base denoiser, its loss, sampling
+`training`          public pre-training and meta-training
+`release`           the one composition of all of the above
+`evaluation`        research metrics, not differentially private
+`baselines`         DP-SGD LoRA and the controls
+`comparison`        the grid methods x epsilon x seeds
+`records`           result records with provenance
+`report`            records -> tables and sentences
+`figures`           records and images -> figures
+`notebook`          what the notebooks share
+==================  =======================================================================
+
+Importing this package is cheap: each module is imported when it is first used.
+
+>>> import hyperdp_lib
+>>> round(hyperdp_lib.accounting.noise_multiplier(epsilon=1.0, delta=1e-5), 1)
+3.7
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "accounting",
+    "adapter",
+    "baselines",
+    "certificate",
+    "comparison",
+    "data",
+    "diffusion",
+    "embedding",
+    "evaluation",
+    "figures",
+    "glyphs",
+    "hypernetwork",
+    "mechanism",
+    "notebook",
+    "records",
+    "release",
+    "report",
+    "training",
+]
+
+
+def __getattr__(name: str) -> ModuleType | str:
+    """Import a module of the table of contents on first use (PEP 562)."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hyperdp")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
