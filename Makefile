@@ -1,0 +1,69 @@
+# make book   set up .venv, build the executed book            (first run: minutes; again: quick)
+# make test   set up .venv, lint, types, tests, notebooks
+# make results-table   rewrite the results table of README.md from book/results
+# make clean  remove what the other targets made, .venv included
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# the first interpreter that is new enough; override with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := .[book,test]
+EXECUTED := _build/.executed
+JOBS ?= 2
+
+# On shared cores two spinning OpenMP threads are slower than one; processes share the cores instead.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+export PYTHONHASHSEED ?= 0
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+# $(call step,what it does,command): say it, do it, say how long it took
+define step
+	@echo "==> $(1)"; from=$$SECONDS; $(2); echo "    done: $(1) ($$((SECONDS - from)) s)"
+endef
+
+.PHONY: help setup book test lint types pytest results-table clean
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "HyperDP needs Python 3.11 or newer; none found. Install one or say PYTHON=/path/to/python."; exit 1; }
+	$(call step,creating $(VENV) with $(PYTHON),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; })
+	$(call step,installing hyperdp with the versions of requirements.lock (two to ten minutes the first time),$(BIN)/python -m pip install --quiet --progress-bar off -c requirements.lock -e '$(EXTRAS)')
+	@touch $(READY)
+
+# the notebooks' outputs are cached by their source alone: forget them when the library or a record changed
+$(EXECUTED): $(shell find hyperdp_lib book/results -type f -not -path '*/__pycache__/*' 2>/dev/null)
+	@rm -rf _build && mkdir _build && touch $(EXECUTED)
+
+book: $(READY) $(EXECUTED)
+	$(call step,building the book: runs the notebooks that changed and stops at any warning,$(BIN)/jupyter-book build . --config _config.yml --toc book/_toc.yml --warningiserror --keep-going --quiet)
+	@echo "    open _build/html/index.html"
+
+test: lint types pytest
+	@echo "==> all checks passed"
+
+lint: $(READY)
+	$(call step,lint: ruff check,$(BIN)/ruff check .)
+
+types: $(READY)
+	$(call step,types: mypy,$(BIN)/mypy)
+
+pytest: $(READY)
+	$(call step,tests and notebooks: pytest with nbval on $(JOBS) processes,$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --doctest-modules --nbval-lax hyperdp_lib tests notebooks)
+
+results-table: $(READY)
+	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.report README.md)
+
+clean:
+	rm -rf $(VENV) _build .mypy_cache .ruff_cache .pytest_cache .hypothesis hyperdp.egg-info

@@ -1,0 +1,86 @@
+"""What the notebooks share: the guard against misspelt parameters and the folders they read and write.
+
+Papermill only *warns* about a parameter that the notebook does not have, so `-p epsilom 0.5` would run with
+the default and print a result for another privacy budget. Each notebook therefore states its parameters once
+more, right after its `parameters` cell, and the guard turns a typo into an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .data import InputError
+
+# what IPython itself puts into a notebook's namespace
+_IPYTHON_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+
+
+def require_known_parameters(namespace: Mapping[str, Any], /, **parameters: type) -> None:
+    """Stop when the notebook was given a parameter it does not have, or a value of the wrong type.
+
+    Call it in the first cell after the `parameters` cell, before any other assignment: whatever is defined by
+    then, apart from imported modules, functions and classes, came from that cell or from papermill.
+
+    Parameters
+    ----------
+    namespace
+        The notebook's `globals()`.
+    **parameters
+        Every parameter of the notebook with its type. An int is accepted where a float is expected.
+
+    Raises
+    ------
+    InputError
+        Names the unknown or ill-typed parameter, and the nearest known name.
+
+    Examples
+    --------
+    >>> require_known_parameters({"epsilon": 0.5, "seed": 0}, epsilon=float, seed=int)
+    >>> require_known_parameters({"epsilom": 0.5, "seed": 0}, epsilon=float, seed=int)
+    Traceback (most recent call last):
+    ...
+    hyperdp_lib.data.InputError: this notebook has no parameter 'epsilom'; did you mean 'epsilon'?
+    """
+    for name, value in namespace.items():
+        if name.startswith("_") or name in _IPYTHON_NAMES or name in parameters:
+            continue
+        if callable(value) or type(value).__name__ == "module":
+            continue
+        near = difflib.get_close_matches(name, parameters, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(parameters)}."
+        raise InputError(f"this notebook has no parameter {name!r}; {hint}")
+    for name, expected in parameters.items():
+        if name not in namespace:
+            raise InputError(f"the parameters cell does not define {name!r}")
+        value = namespace[name]
+        accepted = (int, float) if expected is float else (expected,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+            raise InputError(
+                f"parameter {name!r} must be {_article(expected.__name__)}, got {value!r}; "
+                f"with papermill write -p {name} VALUE (numbers unquoted)"
+            )
+
+
+def results_folder() -> Path:
+    """The folder with the book's result records, `book/results` of this repository.
+
+    Found by walking up from the working directory and then from the package, so that a notebook finds it from
+    wherever papermill runs it.
+
+    Raises
+    ------
+    InputError
+        If the library is installed without its repository: the records are not part of the wheel.
+    """
+    for start in (Path.cwd(), Path(__file__).resolve().parent):
+        for folder in (start, *start.parents):
+            if (folder / "book" / "_toc.yml").is_file():
+                return folder / "book" / "results"
+    raise InputError("no book/results here: run the notebook inside a clone of the HyperDP repository")
+
+
+def _article(type_name: str) -> str:
+    return {"int": "an int", "float": "a number", "str": "a string"}.get(type_name, f"a {type_name}")
