@@ -1,0 +1,244 @@
+"""Result records: one small JSON file for each cell of a comparison, with its provenance.
+
+The book reads records and nothing else, so a record says by itself what was run, on what, and from which
+commit. It never names a machine, a user or a folder outside the working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hyperdp_lib.data import InputError
+
+if TYPE_CHECKING:  # importing pandas costs a second, and writing a record does not need it
+    import pandas as pd
+
+_PACKAGES = ("hyperdp", "torch", "diffusers", "peft", "opacus", "opendp", "numpy", "scikit-learn")
+_CELL = ("pair", "method", "epsilon", "num_private")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One method, at one budget, with one seed.
+
+    Attributes
+    ----------
+    pair : str
+        Public and private data, e.g. ``"glyphs-digits"``; a variant is a suffix.
+    method : str
+        E.g. ``"dp_deepsets"`` or ``"dp_lora"``.
+    epsilon : float or None
+        ``None`` means no noise (written for infinity), 0 a control that sees no private data.
+    delta : float or None
+    neighboring_relation : str
+    num_private : int
+        Private training images used.
+    seed : int
+    scores : mapping
+        What `evaluation.evaluate` returns; research metrics, not DP.
+    seconds : mapping
+        Wall-clock seconds: ``release`` or ``train``, and ``sample``.
+    trained_parameters, noise_dimension, num_releases : int
+        Parameters fitted to private data; coordinates noised at a time; how many times noise was added.
+    settings : mapping
+        Everything else that was chosen (rank, steps, …).
+    provenance : mapping
+        From `provenance`.
+
+    Examples
+    --------
+    >>> record = Record("glyphs-digits", "dp_lora", float("inf"), 1e-5, "add_or_remove_one", 100, 0)
+    >>> record.epsilon is None
+    True
+    >>> Record.from_json(record.to_json()) == record
+    True
+    """
+
+    pair: str
+    method: str
+    epsilon: float | None
+    delta: float | None
+    neighboring_relation: str
+    num_private: int
+    seed: int
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    trained_parameters: int = 0
+    noise_dimension: int = 0
+    num_releases: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and math.isinf(self.epsilon):
+            object.__setattr__(self, "epsilon", None)
+        if self.epsilon is not None and not self.epsilon >= 0:
+            raise InputError(f"epsilon of a record must be >= 0, or None for no noise, got {self.epsilon}.")
+
+    def to_json(self) -> str:
+        """JSON text; a score that is not finite is an error, not a ``NaN`` other programs cannot read."""
+        try:
+            return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        except ValueError as error:
+            raise InputError(
+                f"record {self.name()} has a NaN or infinite number: check its scores."
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Inverse of `to_json`; unknown or missing fields are an `InputError`."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"this is not a result record ({error}): delete it and run again.") from error
+
+    def name(self) -> str:
+        """File name of this cell, without folder: the same cell always gets the same name."""
+        return f"{cell_name(self.pair, self.method, self.epsilon, self.num_private, self.seed)}.json"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``folder/name()`` in one step: an interruption leaves the whole file or none."""
+        path = Path(folder) / self.name()
+        write_atomically(path, self.to_json())
+        return path
+
+
+def cell_name(pair: str, method: str, epsilon: float | None, num_private: int, seed: int) -> str:
+    """Name of a cell of the grid, e.g. ``glyphs-digits_dp_lora_eps1_n1437_seed0``.
+
+    >>> cell_name("glyphs-digits", "dp_lora", None, 1437, 0)
+    'glyphs-digits_dp_lora_epsinf_n1437_seed0'
+    """
+    budget = "inf" if epsilon is None or math.isinf(epsilon) else f"{epsilon:.12g}"
+    return f"{pair}_{method}_eps{budget}_n{num_private}_seed{seed}"
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a text file through a temporary neighbour and a rename, creating the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_records(folder: str | Path) -> Iterator[Record]:
+    """All records below a folder, sorted by path; other JSON files (audits, forecasts) are skipped."""
+    if not Path(folder).is_dir():
+        raise InputError(f"no folder {folder}: make records with `hyperdp compare` first.")
+    for path in sorted(Path(folder).rglob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}): delete it and run its command again.") from error
+        if isinstance(content, dict) and {"pair", "method", "scores", "settings"} <= content.keys():
+            yield Record.from_json(json.dumps(content))
+
+
+def load_records(folder: str | Path) -> pd.DataFrame:
+    """All records below a folder as a table, one row each.
+
+    Nested entries become columns ``scores.accuracy``, ``seconds.train``, …  No noise is ``epsilon = inf``
+    here, so that the column sorts.
+    """
+    import pandas as pd
+
+    rows = []
+    for record in read_records(folder):
+        row = dataclasses.asdict(record)
+        row["epsilon"] = math.inf if record.epsilon is None else float(record.epsilon)
+        rows.append(row)
+    if not rows:
+        names = [f.name for f in dataclasses.fields(Record)]
+        return pd.DataFrame(columns=names)
+    return pd.json_normalize(rows)
+
+
+def mean_and_spread(table: pd.DataFrame, score: str = "scores.accuracy") -> pd.DataFrame:
+    """Mean, sample standard deviation over seeds and number of seeds of one column of `load_records`.
+
+    One row for each pair, method, epsilon and size; the deviation of a single seed is NaN, never 0.
+    """
+    if score not in table.columns:
+        raise InputError(f"no column {score!r}: choose one of {sorted(table.columns)}.")
+    groups = table.dropna(subset=[score]).groupby(list(_CELL), dropna=False)[score]
+    return groups.agg(["mean", "std", "count"]).rename(columns={"count": "seeds"}).reset_index()
+
+
+def provenance(
+    command: str | None = None, device: str | torch.device = "cpu", started: datetime | None = None
+) -> dict[str, Any]:
+    """Where a record comes from: command, commit, kind of device, versions, start time (UTC).
+
+    No host or user name, no absolute path.  ``command`` defaults to this process's command line.
+    """
+    return {
+        "command": command if command is not None else _command_line(sys.argv),
+        "commit": _commit(),
+        "device": _device(torch.device(device)),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "started": (started or datetime.now(UTC)).isoformat(timespec="seconds"),
+    }
+
+
+def _command_line(arguments: Sequence[str]) -> str:
+    here = os.getcwd() + os.sep
+    shown = [Path(arguments[0]).name if arguments else "python"]
+    for argument in arguments[1:]:
+        inside = argument.replace(here, "")
+        shown.append(Path(inside).name if os.path.isabs(inside) else inside)
+    return " ".join(shown)
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return f"{device.type} ({platform.machine()}, {len(cores)} cores, {torch.get_num_threads()} threads)"
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a source tree on the path, not installed
+            continue
+    return found
+
+
+@functools.cache
+def _commit() -> str:
+    """Commit of the working tree, with ``-dirty`` if it was changed; ``unknown`` outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

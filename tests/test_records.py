@@ -1,0 +1,109 @@
+"""Records round-trip, are written whole or not at all, and name no machine."""
+
+import json
+import math
+import os
+import socket
+
+import pytest
+
+from hyperdp_lib import records
+from hyperdp_lib.data import InputError
+
+
+def record(**changes):
+    fields = dict(
+        pair="glyphs-digits",
+        method="dp_lora",
+        epsilon=1.0,
+        delta=1e-5,
+        neighboring_relation="add_or_remove_one",
+        num_private=100,
+        seed=0,
+        scores={"accuracy": 0.5, "frechet_distance": 100.0},
+        seconds={"train": 1.0},
+    )
+    return records.Record(**{**fields, **changes})
+
+
+def test_round_trip_through_a_file(tmp_path):
+    saved = record(provenance=records.provenance("hyperdp compare"))
+    path = saved.save(tmp_path / "new" / "folder")
+    assert records.Record.from_json(path.read_text()) == saved
+    assert path.name == "glyphs-digits_dp_lora_eps1_n100_seed0.json"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_fields_are_those_of_the_architecture_page():
+    expected = (
+        "pair method epsilon delta neighboring_relation num_private seed scores seconds trained_parameters"
+    )
+    expected += " noise_dimension num_releases settings provenance"
+    assert list(json.loads(record().to_json())) == expected.split()
+    assert set(records.provenance("c")) == {"command", "commit", "device", "versions", "started"}
+
+
+def test_no_noise_is_null_and_no_private_data_is_zero():
+    assert json.loads(record(epsilon=math.inf).to_json())["epsilon"] is None
+    assert json.loads(record(epsilon=0).to_json())["epsilon"] == 0
+    with pytest.raises(InputError, match=">= 0"):
+        record(epsilon=math.nan)
+
+
+def test_not_finite_scores_are_refused():
+    with pytest.raises(InputError, match="NaN or infinite"):
+        record(scores={"accuracy": math.nan}).to_json()
+
+
+def test_different_cells_have_different_names():
+    variants = [{}, {"epsilon": 1.5}, {"epsilon": None}, {"seed": 1}, {"num_private": 10}, {"method": "real"}]
+    assert len({record(**changes).name() for changes in variants}) == len(variants)
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    path = record().save(tmp_path)
+    before = path.read_text()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        record(scores={"accuracy": 0.9}).save(tmp_path)
+    assert os.listdir(tmp_path) == [path.name] and path.read_text() == before
+
+
+def test_table_and_spread(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        record(seed=seed, scores={"accuracy": accuracy}).save(tmp_path)
+    record(epsilon=None, scores={"accuracy": 0.9}).save(tmp_path / "deeper")
+    record(method="public_only", epsilon=0, scores={"accuracy": None}).save(tmp_path)
+    (tmp_path / "audit.json").write_text('{"epsilon": 1}')
+    table = records.load_records(tmp_path)
+    assert len(table) == 4 and table["epsilon"].max() == math.inf
+    spread = records.mean_and_spread(table).set_index("epsilon")
+    assert spread.loc[1.0, "mean"] == pytest.approx(0.6) and spread.loc[1.0, "seeds"] == 2
+    assert spread.loc[1.0, "std"] == pytest.approx(0.02**0.5)
+    assert math.isnan(spread.loc[math.inf, "std"])
+    with pytest.raises(InputError, match="no column"):
+        records.mean_and_spread(table, "scores.nonsense")
+
+
+def test_bad_files_are_one_helpful_line(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        records.load_records(tmp_path / "absent")
+    assert records.load_records(tmp_path).empty
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match="broken.json is not JSON"):
+        records.load_records(tmp_path)
+    with pytest.raises(InputError, match="not a result record"):
+        records.Record.from_json('{"pair": "a"}')
+
+
+def test_provenance_names_no_machine_or_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/hyperdp", "compare", "--out", str(tmp_path / "results")])
+    text = json.dumps(records.provenance())
+    assert "hyperdp compare --out results" in text
+    assert str(tmp_path) not in text and "/somewhere" not in text
+    if len(socket.gethostname()) > 6:  # a shorter name may be part of an innocent word
+        assert socket.gethostname() not in text
