@@ -3,12 +3,12 @@
 The ONE range contract
 ----------------------
 Inside the library an image batch is a ``float32`` tensor ``(N, C, H, W)`` with values in ``[-1, 1]``:
-``-1`` is black, ``+1`` is white. At the file boundary, and only there, it is ``uint8`` ``(N, H, W)`` for one
+``-1`` is black, ``+1`` is white. At the file boundary, and only there, it is ``uint8``: ``(N, H, W)`` for one
 channel or ``(N, H, W, C)`` for several, ``0`` black and ``255`` white. :func:`to_model_range` and
 :func:`to_uint8` are the only two conversions between them, and ``to_uint8(to_model_range(u)) == u`` exactly.
 
-Everything read from files is brought to the model's size and channels while still on the 8-bit grid and becomes
-float once, at the end; so a set written by :func:`save_npz` (or as 8-bit PNGs) reads back identical.
+Everything read from files is brought to the model's size and channels while still on the 8-bit grid and
+becomes float once, at the end; so a set written by :func:`save_npz`, or as 8-bit PNGs, reads back identical.
 
 Bad input raises :class:`InputError`, whose message is one line saying what is wrong and what to do.
 """
@@ -16,31 +16,44 @@ Bad input raises :class:`InputError`, whose message is one line saying what is w
 from __future__ import annotations
 
 import os
-import warnings
-import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+from hyperdp_lib.image_files import (
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    InputError,
+    read_folder,
+    read_npz,
+    shown,
+    write_npz,
+)
+
+__all__ = [
+    "ImageSet",
+    "InputError",
+    "NAMED_DATA_SETS",
+    "digits",
+    "load_images",
+    "load_named_or_path",
+    "resize",
+    "save_npz",
+    "to_channels",
+    "to_model_range",
+    "to_uint8",
+]
+
 NAMED_DATA_SETS = ("digits", "digits-test")
 # ITU-R BT.601 luma, what Pillow's mode "L" uses.
 _LUMA = (0.299, 0.587, 0.114)
-# Images resized at once: bounds the float working memory without slowing small images down.
-_PIXELS_AT_ONCE = 2**24
-
-
-class InputError(ValueError):
-    """The user's input cannot be used; the message is one line: what is wrong and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+# Bounds the float working memory of a resize without slowing small images down.
+_VALUES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class ImageSet:
     class_names
         One name per class, in label order (the label set is public, the labels are not), or None.
     notes
-        What was done to the files to make them fit (resized, converted to grey, ignored); for the operator.
+        What was done to the files to make them fit (resized, made grey, ignored), for the operator to read.
     """
 
     images: Tensor
@@ -75,17 +88,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def unlabelled(self) -> ImageSet:
-        """The same images without their labels."""
-        return ImageSet(self.images, notes=self.notes)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The range contract
-
 
 def to_model_range(images: np.ndarray | Tensor) -> Tensor:
-    """8-bit images to the library's float range.
+    """8-bit images to the library's float range, ``u / 127.5 - 1``.
 
     Parameters
     ----------
@@ -95,7 +100,7 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``(N, C, H, W)`` float32, ``u / 127.5 - 1``.
+        ``(N, C, H, W)`` float32 in ``[-1, 1]``.
 
     Raises
     ------
@@ -107,13 +112,16 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
     >>> to_model_range(np.array([[[0, 255]]], dtype=np.uint8))
     tensor([[[[-1.,  1.]]]])
     """
-    tensor = torch.as_tensor(images)
+    if not isinstance(images, Tensor):
+        # torch shares numpy's memory only when it is writable and laid out forwards
+        images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    tensor = images
     if tensor.dtype != torch.uint8:
         raise InputError(f"images must be uint8 (0 to 255), got {tensor.dtype}: convert them before loading")
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(-1)
     if tensor.ndim != 4:
-        raise InputError(f"images must be N x H x W or N x H x W x C, got shape {tuple(tensor.shape)}")
+        raise InputError(f"images must be N x H x W or N x H x W x C, got {tuple(tensor.shape)}: reshape it")
     return tensor.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0).contiguous()
 
 
@@ -144,8 +152,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
         raise ValueError(f"images must be N x C x H x W, got shape {tuple(images.shape)}")
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images hold NaN or infinite values")
-    levels = images.detach().to("cpu", torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    array = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    levels = images.detach().to("cpu", torch.float32).add(1.0).mul(127.5).round().clamp(0, 255)
+    array = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
@@ -171,18 +179,18 @@ def resize(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[-2:] == (size, size):
         return images
-    resized = functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    resized = functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return resized.clamp(-1.0, 1.0)
 
 
 def to_channels(images: Tensor, channels: int) -> Tensor:
-    """Convert between grey, colour and transparent images.
+    """Convert between grey and colour.
 
     Parameters
     ----------
     images
-        ``(N, C, H, W)`` float in ``[-1, 1]`` with C = 1 grey, 2 grey + alpha, 3 RGB or 4 RGB + alpha. Transparency
-        is laid over white, as a page shows it.
+        ``(N, C, H, W)`` float in ``[-1, 1]``, C = 1 grey, 3 RGB, or 4 RGB + alpha, which is laid over white
+        as a page would show it.
     channels
         1 (ITU-R BT.601 luma) or 3.
 
@@ -193,40 +201,39 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
     Examples
     --------
-    >>> round(to_channels(torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1), 1).item(), 3)   # pure red
+    >>> red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1)
+    >>> round(to_channels(red, 1).item(), 3)
     -0.402
     """
-    if images.shape[1] in (2, 4):
-        colour, alpha = images[:, :-1], (images[:, -1:] + 1.0) / 2.0
-        images = colour * alpha + (1.0 - alpha)
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:] + 1.0) / 2.0
+        images = images[:, :3] * alpha + (1.0 - alpha)
     if images.shape[1] == channels:
         return images
     if images.shape[1] == 3 and channels == 1:
         return (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
     if images.shape[1] == 1 and channels == 3:
-        return images.expand(-1, 3, -1, -1).contiguous()
-    raise InputError(f"cannot turn images of {images.shape[1]} channels into {channels}: use grey or RGB images")
+        return images.repeat(1, 3, 1, 1)
+    raise InputError(f"cannot turn {images.shape[1]} channels into {channels}: give grey or RGB images")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def load_images(path: str | os.PathLike[str], image_size: int = 16, channels: int = 1) -> ImageSet:
+def load_images(
+    path: str | os.PathLike[str], image_size: int = 16, channels: int = 1, *, labelled: bool = True
+) -> ImageSet:
     """Read a folder of images, a folder of class sub-folders, or an ``.npz``.
-
-    Files are read in name order; hidden files are ignored; symbolic links are refused (they could lead out of the
-    folder or count an image twice). Classes are in name order, or in numeric order when all names are numbers.
 
     Parameters
     ----------
     path
-        A folder, or an ``.npz`` with ``images`` (uint8, ``N x H x W`` or ``N x H x W x C``), optional ``labels``
-        (N integers 0 .. K-1) and optional ``class_names`` (K strings).
+        A folder (see :func:`hyperdp_lib.image_files.read_folder` for order and links), or an ``.npz`` with
+        ``images`` (uint8, N x H x W or N x H x W x C), optional ``labels`` (N integers 0 .. K-1, every class
+        present) and optional ``class_names`` (K strings).
     image_size
-        Side in pixels to which every image is resized, antialiased.
+        Side in pixels to which every image is resized, antialiased; ``notes`` of the result says so.
     channels
         1 or 3.
+    labelled
+        False: leave out class folders' names and labels.
 
     Returns
     -------
@@ -238,18 +245,28 @@ def load_images(path: str | os.PathLike[str], image_size: int = 16, channels: in
         For anything that is missing, damaged or ambiguous, naming the file.
     """
     path = Path(path)
+    fit = partial(_fit, image_size=image_size, channels=channels)
     if not path.exists():
-        raise InputError(f"no such file or folder: {_shown(path)}; give a folder of images or an .npz")
+        raise InputError(f"no such file or folder: {shown(path)}; give a folder of images or an .npz")
     if path.is_dir():
-        return _load_folder(path, image_size, channels)
-    if path.suffix.lower() == ".npz":
-        return _load_npz(path, image_size, channels)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        raise InputError(f"{_shown(path)} is a single image; give the folder that holds the images")
-    raise InputError(f"{_shown(path)} is neither a folder nor an .npz; give a folder of images or an .npz")
+        files = read_folder(path, fit, labelled)
+    elif path.suffix.lower() == ".npz":
+        files = read_npz(path, fit, labelled)
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{shown(path)} is a single image; give the folder that holds the images")
+    else:
+        raise InputError(f"{shown(path)} is neither a folder nor an .npz; give a folder of images or an .npz")
+    return ImageSet(
+        images=to_model_range(files.images),
+        labels=None if files.labels is None else torch.as_tensor(files.labels.astype(np.int64)),
+        class_names=files.class_names,
+        notes=_notes(files, image_size, channels),
+    )
 
 
-def load_named_or_path(name_or_path: str | os.PathLike[str], image_size: int = 16, channels: int = 1) -> ImageSet:
+def load_named_or_path(
+    name_or_path: str | os.PathLike[str], image_size: int = 16, channels: int = 1, *, labelled: bool = True
+) -> ImageSet:
     """A named data set (``digits``, ``digits-test``) or whatever :func:`load_images` reads.
 
     A name wins over a folder of the same name; write ``./digits`` for the folder.
@@ -259,24 +276,24 @@ def load_named_or_path(name_or_path: str | os.PathLike[str], image_size: int = 1
     >>> len(load_named_or_path("digits-test"))
     360
     """
-    if str(name_or_path) in NAMED_DATA_SETS:
-        named = digits("test" if str(name_or_path) == "digits-test" else "train", image_size)
-        return named if channels == 1 else ImageSet(
-            to_channels(named.images, channels), named.labels, named.class_names, named.notes
-        )
-    if not Path(name_or_path).exists() and Path(name_or_path).name == str(name_or_path):
-        names = ", ".join(NAMED_DATA_SETS)
-        raise InputError(
-            f"no such file or folder: {_shown(Path(name_or_path))}; give a folder of images, an .npz or one of: {names}"
-        )
-    return load_images(name_or_path, image_size, channels)
+    name = os.fspath(name_or_path)
+    if name in NAMED_DATA_SETS:
+        named = digits("test" if name == "digits-test" else "train", image_size)
+        images = to_channels(named.images, channels)
+        if not labelled:
+            return ImageSet(images, notes=named.notes)
+        return ImageSet(images, named.labels, named.class_names, named.notes)
+    if not Path(name).exists() and Path(name).name == name:
+        known = ", ".join(NAMED_DATA_SETS)
+        raise InputError(f"no such file or folder: {name!r}; give a folder, an .npz or one of {known}")
+    return load_images(name, image_size, channels, labelled=labelled)
 
 
 def digits(split: str = "train", image_size: int = 16) -> ImageSet:
     """scikit-learn's handwritten digits (Alpaydin & Kaynak 1998, UCI), white on black, ten classes.
 
-    The split is public and fixed: ``sklearn.model_selection.train_test_split(stratify=labels, test_size=360,
-    random_state=0)`` on the 1,797 images, each part then in the original order.
+    The split is public and fixed: ``sklearn.model_selection.train_test_split`` of the 1,797 indices with
+    ``test_size=360, random_state=0, stratify=labels``, each part then in the original order.
 
     Parameters
     ----------
@@ -284,6 +301,10 @@ def digits(split: str = "train", image_size: int = 16) -> ImageSet:
         ``"train"`` (1,437 images) or ``"test"`` (360).
     image_size
         The 8 x 8 originals (levels 0 .. 16, spread over 0 .. 255) are resized to this side.
+
+    Returns
+    -------
+    ImageSet
 
     Examples
     --------
@@ -297,268 +318,55 @@ def digits(split: str = "train", image_size: int = 16) -> ImageSet:
     from sklearn.model_selection import train_test_split
 
     source = load_digits()
-    parts = train_test_split(np.arange(len(source.target)), test_size=360, random_state=0, stratify=source.target)
+    everything = np.arange(len(source.target))
+    parts = train_test_split(everything, test_size=360, random_state=0, stratify=source.target)
     index = np.sort(parts[0 if split == "train" else 1])
     levels = np.rint(source.images[index] * (255.0 / 16.0)).astype(np.uint8)
     return ImageSet(
         images=to_model_range(_fit(levels[..., None], image_size, channels=1)),
-        labels=torch.as_tensor(source.target[index], dtype=torch.int64),
+        labels=torch.as_tensor(source.target[index].astype(np.int64)),
         class_names=tuple(str(digit) for digit in range(10)),
-        notes=(f"resized from 8 x 8 to {image_size} x {image_size} pixels",) if image_size != 8 else (),
+        notes=() if image_size == 8 else (_resize_note([(8, 8)], image_size),),
     )
 
 
 def save_npz(path: str | os.PathLike[str], image_set: ImageSet) -> None:
-    """Write ``images`` (uint8) and, when labelled, ``labels`` and ``class_names``; :func:`load_images` reads it.
-
-    The file appears whole or not at all: it is written beside its final place and then renamed.
-    """
-    arrays: dict[str, np.ndarray] = {"images": to_uint8(image_set.images)}
+    """Write ``images`` and, when labelled, ``labels`` and ``class_names``; :func:`load_images` reads it."""
+    arrays = {"images": to_uint8(image_set.images)}
     if image_set.labels is not None and image_set.class_names is not None:
         arrays["labels"] = image_set.labels.cpu().numpy().astype(np.int64)
         arrays["class_names"] = np.array(image_set.class_names, dtype=np.str_)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reading folders
-
-
-def _load_folder(folder: Path, image_size: int, channels: int) -> ImageSet:
-    loose, class_folders, ignored = _entries(folder)
-    if loose and class_folders:
-        raise InputError(
-            f"{_shown(folder)} holds both loose images ({loose[0].name!r}) and sub-folders "
-            f"({class_folders[0].name!r}); keep either images only, or one sub-folder per class"
-        )
-    if not loose and not class_folders:
-        raise InputError(f"{_shown(folder)} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    files, labels = list(loose), []
-    if class_folders and all(entry.name.isdecimal() for entry in class_folders):
-        class_folders = sorted(class_folders, key=lambda entry: (int(entry.name), entry.name))
-    for label, class_folder in enumerate(class_folders):
-        members, deeper, others = _entries(class_folder)
-        if deeper:
-            raise InputError(f"{_shown(deeper[0])} is a folder inside a class folder; put its images one level up")
-        if not members:
-            raise InputError(
-                f"class {class_folder.name!r} has no image: {_shown(class_folder)} is empty; add images or remove it"
-            )
-        files += members
-        ignored += others
-        labels += [label] * len(members)
-
-    fitted = np.empty((len(files), image_size, image_size, channels), dtype=np.uint8)
-    sizes: set[tuple[int, int]] = set()
-    kinds: set[int] = set()
-    for position, file in enumerate(tqdm(files, desc="reading images", delay=2, disable=None, leave=False)):
-        pixels = _decode(file)
-        sizes.add(pixels.shape[:2])
-        kinds.add(pixels.shape[2])
-        fitted[position] = _fit(pixels[None], image_size, channels)[0]
-    notes = _fit_notes(sizes, kinds, image_size, channels)
-    if ignored:
-        count = f"{len(ignored)} file" + ("s that are not images" if len(ignored) > 1 else " that is not an image")
-        notes += (f"ignored {count} (first: {ignored[0].name!r})",)
-    return ImageSet(
-        images=to_model_range(fitted),
-        labels=torch.tensor(labels, dtype=torch.int64) if class_folders else None,
-        class_names=tuple(entry.name for entry in class_folders) if class_folders else None,
-        notes=notes,
-    )
-
-
-def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Images, sub-folders and other files of a folder, each in name order, hidden ones left out."""
-    images, folders, others = [], [], []
-    try:
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"cannot read folder {_shown(folder)}: {error.strerror}") from error
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        if entry.is_symlink():
-            raise InputError(
-                f"{_shown(entry)} is a symbolic link; links are not followed (they can lead out of the folder or "
-                "count an image twice): put the file itself there"
-            )
-        if entry.is_dir():
-            folders.append(entry)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-            images.append(entry)
-        else:
-            others.append(entry)
-    return images, folders, others
-
-
-def _decode(file: Path) -> np.ndarray:
-    """One image file as uint8 ``(H, W, C)`` with C in 1, 3, 4 (RGB + alpha)."""
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns between one and two times its pixel limit; a private folder is no place to guess.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened)
-                if image.mode == "F":
-                    raise InputError(f"{_shown(file)} holds floating-point pixels; save it as 8-bit")
-                if image.mode.startswith("I"):
-                    deep = np.asarray(image).astype(np.int64)
-                    if deep.min() < 0 or deep.max() > 65535:
-                        raise InputError(f"{_shown(file)} holds pixels outside 0 .. 65535; save it as 8-bit")
-                    return np.rint(deep / 257.0).astype(np.uint8)[..., None]
-                transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-                mode = "RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB"
-                pixels = np.array(image.convert(mode), dtype=np.uint8)
-    except InputError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
-            f"{_shown(file)} has more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); "
-            "shrink or remove it"
-        ) from error
-    except Exception as error:  # Pillow's plugins raise many kinds for a damaged file; all mean the same here
-        raise InputError(
-            f"{_shown(file)} cannot be read as an image ({type(error).__name__}); repair or remove it"
-        ) from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reading .npz
-
-
-def _load_npz(path: Path, image_size: int, channels: int) -> ImageSet:
-    arrays = _read_arrays(path, ("images", "labels", "class_names"))
-    if "images" not in arrays:
-        raise InputError(f"{_shown(path)} has no array 'images'; save it with numpy.savez(path, images=…)")
-    images = arrays["images"]
-    if images.dtype != np.uint8:
-        trouble = f"is {images.dtype}"
-        if np.issubdtype(images.dtype, np.inexact) and not np.isfinite(images).all():
-            trouble += " and holds NaN or infinite values"
-        raise InputError(f"'images' in {_shown(path)} {trouble}; it must be uint8, 0 (black) to 255 (white)")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-        raise InputError(
-            f"'images' in {_shown(path)} has shape {arrays['images'].shape}; it must be N x H x W, or N x H x W x C "
-            "with C = 1, 3 or 4 last"
-        )
-    if 0 in images.shape:
-        raise InputError(f"{_shown(path)} holds no image: 'images' has shape {arrays['images'].shape}")
-    labels, class_names = None, None
-    if "labels" in arrays:
-        labels, class_names = _check_labels(path, arrays["labels"], len(images), arrays.get("class_names"))
-    return ImageSet(
-        images=to_model_range(_fit(images, image_size, channels)),
-        labels=labels,
-        class_names=class_names,
-        notes=_fit_notes({images.shape[1:3]}, {images.shape[3]}, image_size, channels),
-    )
-
-
-def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an ``.npz`` that are there; pickled objects are refused, never executed."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{_shown(path)} is not an .npz archive; save it with numpy.savez(path, images=…)")
-            return {name: archive[name] for name in names if name in archive.files}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive surfaces as one of a dozen kinds from zipfile, zlib and numpy
-        if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
-            raise InputError(
-                f"{_shown(path)} holds pickled objects, which are never loaded; save plain numeric arrays "
-                "(all images of one size, uint8)"
-            ) from error
-        raise InputError(
-            f"{_shown(path)} cannot be read as an .npz ({type(error).__name__}); save it with numpy.savez"
-        ) from error
-
-
-def _check_labels(
-    path: Path, labels: np.ndarray, num_images: int, class_names: np.ndarray | None
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Validated labels and class names of an ``.npz``."""
-    if labels.shape != (num_images,):
-        raise InputError(
-            f"'labels' in {_shown(path)} has shape {labels.shape} for {num_images} images; give one integer an image"
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"'labels' in {_shown(path)} is {labels.dtype}; it must be integers 0, 1, 2, …")
-    if labels.min() < 0:
-        raise InputError(f"'labels' in {_shown(path)} holds {labels.min()}; labels count from 0")
-    present = np.unique(labels)
-    if class_names is None:
-        names = None
-        num_classes = int(present[-1]) + 1
-    else:
-        if class_names.ndim != 1 or class_names.dtype.kind != "U":
-            raise InputError(f"'class_names' in {_shown(path)} must be a list of strings, one a class")
-        names = tuple(str(name) for name in class_names)
-        num_classes = len(names)
-        if int(present[-1]) >= num_classes:
-            raise InputError(f"'labels' in {_shown(path)} goes up to {present[-1]} with {num_classes} class_names")
-        # Class names become folder names of the release, so none may lead elsewhere.
-        unfit = [name for name in names if not name or name.startswith(".") or set(name) & set("/\\\0\n\r")]
-        if unfit or len(set(names)) < len(names):
-            raise InputError(
-                f"'class_names' in {_shown(path)} must be distinct names usable as folder names"
-                + (f", not {unfit[0]!r}" if unfit else "")
-            )
-    if len(present) < num_classes:
-        missing = int(np.flatnonzero(np.append(present, num_classes) != np.arange(len(present) + 1))[0])
-        raise InputError(
-            f"class {missing if names is None else names[missing]!r} in {_shown(path)} has no image; labels must be "
-            f"0 .. K-1 with every class present: renumber them or add images"
-        )
-    return torch.as_tensor(labels.astype(np.int64)), names or tuple(str(k) for k in range(num_classes))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Fitting to the model
+    write_npz(Path(path), arrays)
 
 
 def _fit(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
-    """uint8 ``(N, H, W, C)`` of any size to uint8 ``(N, image_size, image_size, channels)``, chunk by chunk."""
+    """uint8 ``(N, H, W, C)`` of any size to uint8 ``(N, image_size, image_size, channels)``, in chunks."""
     if images.shape[1:] == (image_size, image_size, channels):
         return images
     fitted = np.empty((len(images), image_size, image_size, channels), dtype=np.uint8)
-    step = max(1, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2] * images.shape[3]))
+    step = max(1, _VALUES_AT_ONCE // int(np.prod(images.shape[1:])))
     for start in range(0, len(images), step):
         chunk = resize(to_channels(to_model_range(images[start : start + step]), channels), image_size)
         fitted[start : start + step] = to_uint8(chunk).reshape(-1, image_size, image_size, channels)
     return fitted
 
 
-def _fit_notes(sizes: set[tuple[int, ...]], kinds: set[int], image_size: int, channels: int) -> tuple[str, ...]:
-    """What :func:`_fit` did, in words."""
+def _notes(files: ImageFiles, image_size: int, channels: int) -> tuple[str, ...]:
     notes = []
-    if sizes != {(image_size, image_size)}:
-        shapes = sorted(sizes)
-        source = f"{shapes[0][0]} x {shapes[0][1]}" if len(shapes) == 1 else f"{len(shapes)} different sizes"
-        note = f"resized (antialiased) from {source} to {image_size} x {image_size} pixels"
-        notes.append(note + (", not keeping proportions" if any(h != w for h, w in shapes) else ""))
-    if kinds & {2, 4}:
+    if files.sizes != {(image_size, image_size)}:
+        notes.append(_resize_note(sorted(files.sizes), image_size))
+    if 4 in files.kinds:
         notes.append("laid transparent images over white")
-    if channels == 1 and kinds & {3, 4}:
+    if channels == 1 and files.kinds & {3, 4}:
         notes.append("converted colour images to grey")
-    if channels == 3 and kinds & {1, 2}:
+    if channels == 3 and 1 in files.kinds:
         notes.append("repeated grey images in three channels")
+    if files.ignored:
+        notes.append(f"ignored files that are not images: {len(files.ignored)} (first: {files.ignored[0]!r})")
     return tuple(notes)
 
 
-def _shown(path: Path) -> str:
-    """A path for a one-line message: quoted, so that odd characters cannot break the line."""
-    return repr(str(path))
+def _resize_note(sizes: list[tuple[int, int]], image_size: int) -> str:
+    source = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} different sizes"
+    stretched = ", stretching those not square" if any(height != width for height, width in sizes) else ""
+    return f"resized (antialiased) from {source} to {image_size} x {image_size} pixels{stretched}"
