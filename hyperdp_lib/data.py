@@ -33,6 +33,7 @@ from hyperdp_lib.image_files import (
     read_npz,
     shown,
     write_npz,
+    write_png,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_images",
     "load_named_or_path",
     "resize",
+    "save_grid",
     "save_npz",
     "to_channels",
     "to_model_range",
@@ -337,6 +339,28 @@ def save_npz(path: str | os.PathLike[str], image_set: ImageSet) -> None:
         arrays["labels"] = image_set.labels.cpu().numpy().astype(np.int64)
         arrays["class_names"] = np.array(image_set.class_names, dtype=np.str_)
     write_npz(Path(path), arrays)
+
+
+def save_grid(path: str | os.PathLike[str], image_set: ImageSet, columns: int = 10, rows: int = 10) -> None:
+    """Write a PNG sheet: the first images in reading order, or one row per class when labelled.
+
+    At most ``columns`` images a row; at most ``rows`` rows when unlabelled, every class when labelled.
+    Pixels are enlarged until an image is about 64 wide; gaps are mid-grey.
+    """
+    if image_set.labels is None:
+        chosen = torch.arange(min(len(image_set), columns * rows)).split(columns)
+    else:
+        assert image_set.class_names is not None
+        members = [(image_set.labels == k).nonzero()[:, 0] for k in range(len(image_set.class_names))]
+        chosen = tuple(index[:columns] for index in members)
+    channels, height, width = image_set.images.shape[1:]
+    scale = max(1, 64 // width)
+    sheet = torch.zeros(1, channels, len(chosen) * (height + 1) - 1, columns * (width + 1) - 1)
+    for row, index in enumerate(chosen):
+        for column, image in enumerate(image_set.images[index]):
+            top, left = row * (height + 1), column * (width + 1)
+            sheet[0, :, top : top + height, left : left + width] = image
+    write_png(Path(path), to_uint8(sheet)[0].repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def _fit(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -22,6 +24,8 @@ Fit = Callable[[np.ndarray], np.ndarray]
 
 class InputError(ValueError):
     """The user's input cannot be used; the message is one line: what is wrong and what to do."""
+
+    __module__ = "hyperdp_lib.data"  # its public name
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
@@ -78,6 +82,8 @@ def read_folder(folder: Path, fit: Fit, labelled: bool = True) -> ImageFiles:
         members, deeper, others = _entries(class_folder)
         if deeper:
             raise InputError(f"{shown(deeper[0])} is a folder inside a class folder; move its images up")
+        if not class_folder.name.isprintable():
+            raise InputError(f"{shown(class_folder)} has control characters in its name; rename it")
         if not members and labelled:
             raise InputError(
                 f"class {class_folder.name!r} has no image: add images to {shown(class_folder)} or remove it"
@@ -266,12 +272,30 @@ def _check_class_names(path: Path, labels: np.ndarray, class_names: np.ndarray |
     return names or tuple(str(k) for k in range(num_classes))
 
 
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a compressed ``.npz`` that appears whole or not at all (written beside, then renamed)."""
+    """Write a compressed ``.npz``, whole or not at all."""
+    with _whole_or_nothing(path) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write one uint8 image, ``(H, W)`` or ``(H, W, 3)``, whole or not at all."""
+    from PIL import Image
+
+    with _whole_or_nothing(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
+
+
+@contextmanager
+def _whole_or_nothing(path: Path) -> Iterator[BinaryIO]:
+    """A file written beside its place under a hidden name, then renamed: never seen half-written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            yield file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

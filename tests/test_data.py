@@ -19,11 +19,13 @@ from hyperdp_lib.data import (
     load_images,
     load_named_or_path,
     resize,
+    save_grid,
     save_npz,
     to_channels,
     to_model_range,
     to_uint8,
 )
+from hyperdp_lib.image_files import decode
 
 ANY_IMAGES = hnp.arrays(
     np.uint8,
@@ -41,7 +43,7 @@ def write_png(path, level=128, size=(8, 8), mode="L"):
     return path
 
 
-# ---- the range contract --------------------------------------------------------------------------------------
+# ---- the range contract ----------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=50)
@@ -107,7 +109,7 @@ def test_transparency_is_laid_over_white():
     assert to_channels(clear_black, 1).item() == 1.0
 
 
-# ---- what is read ----------------------------------------------------------------------------------------------
+# ---- what is read ----------------------------------------------------------------------------------------
 
 
 def test_flat_folder_of_mixed_sizes_modes_and_formats(tmp_path):
@@ -205,7 +207,19 @@ def test_named_data_sets():
         load_named_or_path("digit")
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------
+def test_grid_has_one_row_per_class(tmp_path):
+    train = digits("train")
+    save_grid(tmp_path / "grid.png", train, columns=5)
+    grid = decode(tmp_path / "grid.png")[..., 0]
+    assert grid.shape == (4 * (10 * 17 - 1), 4 * (5 * 17 - 1))
+    third = to_uint8(train.images[train.labels == 3])[1]
+    np.testing.assert_array_equal(grid[::4, ::4][3 * 17 : 3 * 17 + 16, 17 : 17 + 16], third)
+    save_grid(tmp_path / "grid.png", ImageSet(torch.zeros(12, 3, 16, 16)))
+    assert decode(tmp_path / "grid.png").shape == (4 * (2 * 17 - 1), 4 * (10 * 17 - 1), 3)
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
 
 
 def make_bomb(path):
@@ -258,6 +272,10 @@ def empty_class(path):
     return path
 
 
+def odd_class_name(path):
+    return folder_with(path, "a\nb/1.png")
+
+
 def link(path):
     outside = write_png(path / "outside" / "x.png")
     (path / "in").mkdir()
@@ -302,6 +320,11 @@ def npy(path):
     return (path / "x.npy").rename(path / "x.npz")
 
 
+def npz_without_images(path):
+    np.savez(path / "x.npz", x=np.zeros(3))
+    return path / "x.npz"
+
+
 def nan_images(path):
     images = np.zeros((4, 8, 8), np.float32)
     images[0, 0, 0] = np.nan
@@ -323,10 +346,11 @@ BAD_INPUT = {
     "floating-point image": (floats, "8-bit"),
     "empty class folder": (empty_class, "class 'b' has no image"),
     "loose images and folders": (lambda p: folder_with(p, "x.png", "a/1.png"), "both loose images"),
+    "a control character in a class name": (odd_class_name, "rename"),
     "folders in folders": (lambda p: folder_with(p, "a/b/1.png"), "inside a class folder"),
     "link": (link, "is a link"),
     "link to a folder": (link_to_folder, "is a link"),
-    "no images in npz": (lambda p: (np.savez(p / "x.npz", x=np.zeros(3)), p / "x.npz")[1], "no array 'images'"),
+    "no images in npz": (npz_without_images, "no array 'images'"),
     "no image in npz": (lambda p: bad_npz(p, images=np.zeros((0, 8, 8), np.uint8)), "holds no image"),
     "pickled objects": (lambda p: bad_npz(p, images=np.array([{}, []], dtype=object)), "pickled"),
     "pickled labels": (lambda p: bad_npz(p, labels=np.array([None] * 4, dtype=object)), "pickled"),
