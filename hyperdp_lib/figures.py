@@ -1,7 +1,7 @@
 """The house figure style, and every figure that more than one page shows.
 
-Functions take plain arrays, tensors in the library's range or the table of `report.read_scores`, and return a
-matplotlib figure. They draw no random numbers and read no files.
+Functions take plain arrays, tensors in the library's range or the table of `records.load_records`, and return
+a matplotlib figure. They draw no random numbers and read no files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import report
+from . import records, report
 from .data import to_uint8
 
 _PALETTE = sns.color_palette("colorblind")
@@ -138,7 +138,7 @@ def scores_against_epsilon(
     Parameters
     ----------
     scores
-        From `report.read_scores`.
+        From `records.load_records`.
     pair
         E.g. `"glyphs-digits"`.
     show
@@ -150,7 +150,7 @@ def scores_against_epsilon(
     methods = report.order(set(chosen["method"]))
     figure, panels = plt.subplots(1, len(show), figsize=(4.6 * len(show), 4.4), squeeze=False)
     for axes, score in zip(panels[0], show, strict=True):
-        means = report.spread(chosen, score)
+        means = records.mean_and_spread(chosen, f"scores.{score}")
         for index, method in enumerate(methods):
             mine = means[means["method"] == method].sort_values("epsilon")
             if mine.empty:

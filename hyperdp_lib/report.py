@@ -7,13 +7,13 @@ All scores are research metrics: they are computed on private test data and are 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import pandas as pd
 
 from .data import InputError
+from .records import load_records
 
 # method -> what the reader sees, in the order of every table and legend
 METHOD_LABELS = {
@@ -37,64 +37,7 @@ SCORE_LABELS = {
     "precision": "precision",
     "recall": "recall",
 }
-_SCORES = ("accuracy", "frechet_distance", "precision", "recall")
 _START, _END = "<!-- results:start -->", "<!-- results:end -->"
-
-
-def read_scores(folder: str | Path) -> pd.DataFrame:
-    """All result records under a folder as one table, one row per record.
-
-    Parameters
-    ----------
-    folder
-        Searched recursively for `*.json`; files that are no score records (audits, ...) are passed over.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns `pair, method, epsilon, delta, neighboring_relation, num_private, seed, accuracy,
-        frechet_distance, precision, recall, features, num_images, release_seconds, train_seconds, command,
-        path`.
-        `epsilon` is `inf` for no noise and 0 for the control that sees no private data.
-
-    Raises
-    ------
-    InputError
-        If a file is not JSON.
-    """
-    rows = []
-    for path in sorted(Path(folder).rglob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); delete it and run its command again") from None
-        if not isinstance(record, dict) or not {"pair", "method", "scores"} <= record.keys():
-            continue
-        scores, seconds = record["scores"], record.get("seconds", {})
-        rows.append(
-            {
-                "pair": record["pair"],
-                "method": record["method"],
-                "epsilon": math.inf if record["epsilon"] is None else float(record["epsilon"]),
-                "delta": record.get("delta"),
-                "neighboring_relation": record.get("neighboring_relation"),
-                "num_private": record.get("num_private"),
-                "seed": record.get("seed"),
-                **{name: _number(scores.get(name)) for name in _SCORES},
-                "features": scores.get("features"),
-                "num_images": scores.get("num_images"),
-                "release_seconds": _number(seconds.get("release")),
-                "train_seconds": _number(seconds.get("train")),
-                "command": record.get("provenance", {}).get("command", ""),
-                "path": str(path),
-            }
-        )
-    columns = [
-        *("pair", "method", "epsilon", "delta", "neighboring_relation", "num_private", "seed"),
-        *_SCORES,
-        *("features", "num_images", "release_seconds", "train_seconds", "command", "path"),
-    ]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def select(
@@ -113,17 +56,6 @@ def select(
     return chosen
 
 
-def spread(scores: pd.DataFrame, score: str) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of one score, per pair, method, epsilon and num_private.
-
-    The deviation is over seeds (sample standard deviation; NaN for a single seed).
-    """
-    keys = ["pair", "method", "num_private", "epsilon"]
-    known = scores.dropna(subset=[score])
-    grouped = known.groupby(keys, dropna=False)[score].agg(["mean", "std", "count"])
-    return grouped.rename(columns={"count": "seeds"}).reset_index()
-
-
 def order(methods: set[str]) -> list[str]:
     """Methods in the order of every table and legend; unknown ones last, by name."""
     known = [method for method in METHOD_LABELS if method in methods]
@@ -138,11 +70,11 @@ def epsilon_label(epsilon: float) -> str:
 
 
 def value(scores: pd.DataFrame, score: str) -> str:
-    """Mean and standard deviation of the given rows as text, `0.86 ± 0.01`; a dash if there is none."""
-    known = scores[score].dropna()
+    """Mean and standard deviation over the given rows as text, `0.86 ± 0.01`; a dash if there is none."""
+    known = _known(scores, score)
     if known.empty:
         return "–"
-    digits = 0 if score == "frechet_distance" else 3 if score.endswith("seconds") else 2
+    digits = 0 if score == "frechet_distance" else 2
     text = f"{known.mean():.{digits}f}"
     return f"{text} ± {known.std():.{digits}f}" if len(known) > 1 else text
 
@@ -153,7 +85,7 @@ def results_table(scores: pd.DataFrame, pair: str, *, commands: bool = False) ->
     Parameters
     ----------
     scores
-        From :func:`read_scores`.
+        From `records.load_records`.
     pair
         Public-private pair, e.g. `"glyphs-digits"`.
     commands
@@ -176,7 +108,7 @@ def results_table(scores: pd.DataFrame, pair: str, *, commands: bool = False) ->
                 str(rows["seed"].nunique()),
             ]
             if commands:
-                cells.append(f"`{rows['command'].iloc[0]}`")
+                cells.append(f"`{rows['provenance.command'].iloc[0]}`")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -187,19 +119,20 @@ def comparison_sentence(scores: pd.DataFrame, score: str, ours: str, other: str,
     "Better" and "worse" are said only when the means differ by more than two standard errors of their
     difference.
     """
-    mine = scores[(scores["method"] == ours) & (scores["epsilon"] == epsilon)].dropna(subset=[score])
-    theirs = scores[(scores["method"] == other) & (scores["epsilon"] == epsilon)].dropna(subset=[score])
+    at_epsilon = scores[scores["epsilon"] == epsilon]
+    mine, theirs = (at_epsilon[at_epsilon["method"] == method] for method in (ours, other))
     our_label, other_label = METHOD_LABELS.get(ours, ours), METHOD_LABELS.get(other, other)
     name = "downstream accuracy" if score == "accuracy" else SCORE_LABELS.get(score, score).split(" (")[0]
     where = f"At ε = {epsilon_label(epsilon)}"
-    if mine.empty or theirs.empty:
-        missing = our_label if mine.empty else other_label
+    ours_known, others_known = _known(mine, score), _known(theirs, score)
+    if ours_known.empty or others_known.empty:
+        missing = our_label if ours_known.empty else other_label
         return f"{where} there is no {name} on record for {missing}."
-    gap = mine[score].mean() - theirs[score].mean()
-    error = math.sqrt(sum(float(rows[score].var()) / len(rows) for rows in (mine, theirs) if len(rows) > 1))
+    gap = ours_known.mean() - others_known.mean()
+    error = math.sqrt(sum(float(k.var()) / len(k) for k in (ours_known, others_known) if len(k) > 1))
     if score == "frechet_distance":
         gap = -gap
-    if min(len(mine), len(theirs)) < 2:
+    if min(len(ours_known), len(others_known)) < 2:
         verdict = "too few seeds to say which is better"
     elif abs(gap) <= 2 * error:
         verdict = "no difference beyond the spread over seeds"
@@ -219,12 +152,13 @@ def write_table(readme: str | Path, folder: str | Path, pair: str = "glyphs-digi
         raise InputError(f"{path} has no {_START} ... {_END}: put the two markers where the table belongs")
     before, rest = text.split(_START, 1)
     after = rest.split(_END, 1)[1]
-    table = results_table(read_scores(folder), pair)
+    table = results_table(load_records(folder), pair)
     path.write_text(f"{before}{_START}\n{table}\n{_END}{after}", encoding="utf-8")
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+def _known(scores: pd.DataFrame, score: str) -> pd.Series:
+    column = f"scores.{score}"
+    return scores[column].dropna() if column in scores.columns else pd.Series(dtype=float)
 
 
 def main(arguments: list[str] | None = None) -> int:
