@@ -43,6 +43,7 @@ __all__ = [
     "digits",
     "load_images",
     "load_named_or_path",
+    "require_source",
     "resize",
     "save_grid",
     "save_npz",
@@ -285,10 +286,16 @@ def load_named_or_path(
         if not labelled:
             return ImageSet(images, notes=named.notes)
         return ImageSet(images, named.labels, named.class_names, named.notes)
-    if not Path(name).exists() and Path(name).name == name:
+    require_source(name)
+    return load_images(name, image_size, channels, labelled=labelled)
+
+
+def require_source(name_or_path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` unless this is a named data set or something that exists."""
+    name = os.fspath(name_or_path)
+    if name not in NAMED_DATA_SETS and not os.path.exists(name):
         known = ", ".join(NAMED_DATA_SETS)
         raise InputError(f"no such file or folder: {name!r}; give a folder, an .npz or one of {known}")
-    return load_images(name, image_size, channels, labelled=labelled)
 
 
 def digits(split: str = "train", image_size: int = 16) -> ImageSet:

@@ -1,0 +1,388 @@
+"""The ``hyperdp`` command: a thin layer over the functions of the library.
+
+Bad input ends with exit code 2 and one line on stderr, before anything is written; a failed verification with
+1; an interruption with 130. Results go to stdout, notes and progress to stderr. Modules that load torch are
+imported inside the commands, so that ``hyperdp --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from hyperdp_lib.data import ImageSet
+
+NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
+DEFAULT_HYPERNETWORK = "glyphs"
+DEFAULT_FEATURES = "glyphnet"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments
+        As typed after ``hyperdp``; those of the process when None.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done; 1 ``verify`` found problems; 2 the input cannot be used; 130 interrupted.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.run(options) or 0)
+    except ValueError as error:
+        from hyperdp_lib.image_files import InputError
+
+        if not isinstance(error, InputError):
+            raise
+        print(f"hyperdp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hyperdp: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- the commands ------------------------------------------------------------------------------------------
+
+
+def _release(options: argparse.Namespace) -> None:
+    _check_budget(options)
+    _check_count("--num-samples", options.num_samples, least=0)
+    _check_output(options.out, options.overwrite, folder_of="certificate.json")
+    _check_input(options.images)
+    _check_device(options.device)
+    from hyperdp_lib import data, hypernetwork, release
+
+    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
+    private = data.load_named_or_path(
+        options.images, *_geometry(base_model), labelled=not options.unlabelled
+    )
+    _tell(private)
+    if options.delta > 1.0 / len(private):
+        # n may itself be private: this goes to the operator's screen and nowhere else
+        _note(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
+    if options.seed is not None:
+        _note("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
+    adapter, certificate = release.release(
+        private.images.to(options.device),
+        network.to(options.device),
+        epsilon=options.epsilon,
+        delta=options.delta,
+        noise_multiplier=options.noise_multiplier,
+        neighboring_relation=options.neighboring_relation,
+        private_labels=private.labels,
+        class_names=private.class_names,
+        seed=options.seed,
+    )
+    release.save_release(
+        options.out,
+        adapter,
+        certificate,
+        base_model.to(options.device),
+        num_samples=options.num_samples,
+        overwrite=options.overwrite,
+    )
+    if options.json:
+        print(json.dumps({"out": str(options.out), "certificate": json.loads(certificate.to_json())}))
+    else:
+        print(f"wrote {options.out}")
+        print(certificate.sentence)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    _check_count("--num-images", options.num_images)
+    _check_output(options.out, options.overwrite, suffix=".npz")
+    if options.grid is not None:
+        _check_output(options.grid, options.overwrite, suffix=".png")
+    _check_input(options.folder)
+    _check_device(options.device)
+    import torch
+
+    from hyperdp_lib import data, diffusion, hypernetwork, release
+
+    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
+    base_model.to(options.device)
+    adapter, class_names = release.load_release(options.folder, base_model)
+    # Adapters share the images equally, so draw the next multiple and drop the surplus class by class.
+    num_adapters = len(adapter)
+    each = math.ceil(options.num_images / num_adapters)
+    images = diffusion.sample(
+        base_model,
+        adapter.to(options.device),
+        num_images=each * num_adapters,
+        generator=torch.Generator(options.device).manual_seed(options.seed),
+        num_steps=options.num_steps,
+    ).cpu()
+    # image i of adapter k is kept while i * num_adapters + k < num_images: the shares differ by one at most
+    owner = torch.arange(num_adapters).repeat_interleave(each)
+    turn = torch.arange(each).repeat(num_adapters) * num_adapters + owner
+    kept = turn < options.num_images
+    samples = data.ImageSet(images[kept], owner[kept] if class_names else None, class_names)
+    data.save_npz(options.out, samples)
+    if options.grid is not None:
+        data.save_grid(options.grid, samples)
+    written = [str(path) for path in (options.out, options.grid) if path is not None]
+    if options.json:
+        print(json.dumps({"written": written, "num_images": len(samples), "class_names": class_names}))
+    else:
+        print(f"wrote {len(samples)} images to {' and '.join(written)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_input(options.samples)
+    _check_input(options.reference)
+    from hyperdp_lib import data, evaluation
+
+    network = evaluation.FeatureNetwork.from_pretrained(_features_file(options.features))
+    fit = (network.image_size, network.channels)
+    samples = data.load_named_or_path(options.samples, *fit)
+    reference = data.load_named_or_path(options.reference, *fit)
+    for image_set in (samples, reference):
+        _tell(image_set)
+    ours = evaluation.features(network, samples.images)
+    theirs = evaluation.features(network, reference.images)
+    precision, recall = evaluation.precision_recall(ours, theirs)
+    scores: dict[str, Any] = {
+        "label": evaluation.NOT_DP,
+        "features": network.name,
+        "frechet_distance": evaluation.frechet_distance(ours, theirs),
+        "precision": precision,
+        "recall": recall,
+        "accuracy": None,
+        "num_images": len(samples),
+        "num_reference": len(reference),
+    }
+    if samples.labels is not None and reference.labels is not None:
+        if samples.class_names == reference.class_names:
+            scores["accuracy"] = evaluation.downstream_accuracy(
+                samples.images, samples.labels, reference.images, reference.labels
+            )
+        else:
+            _note("samples and reference name their classes differently; accuracy left out")
+    print(json.dumps(scores, indent=1))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    for epsilon in options.epsilon:
+        _check_epsilon(epsilon)
+    _check_delta(options.delta)
+    _check_count("--seeds", options.seeds)
+    if options.num_private is not None:
+        _check_count("--num-private", options.num_private)
+    _check_input(options.private)
+    _check_device(options.device)
+    from hyperdp_lib import comparison
+
+    comparison.compare(
+        options.private,
+        methods=options.methods,
+        epsilons=options.epsilon,
+        delta=options.delta,
+        num_private=options.num_private,
+        seeds=range(options.seeds),
+        hypernetwork=options.hypernetwork,
+        out=options.out,
+        device=options.device,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    _check_device(options.device)
+    from hyperdp_lib import training
+
+    training.train(options.preset, device=options.device, out=options.out, resume=not options.restart)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        _refuse(f"no such release folder: {str(options.folder)!r}; give the --out folder of hyperdp release")
+    from hyperdp_lib import certificate
+
+    problems = certificate.verify(options.folder)
+    if options.json:
+        print(json.dumps({"ok": not problems, "problems": problems}))
+    elif problems:
+        print(*problems, sep="\n")
+    else:
+        print(f"ok: the certificate of {options.folder} recomputes")
+    return 1 if problems else 0
+
+
+# ---- checks before any work --------------------------------------------------------------------------------
+
+
+def _refuse(message: str) -> NoReturn:
+    from hyperdp_lib.image_files import InputError
+
+    raise InputError(message)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        _refuse(f"--epsilon must be a positive number, got {epsilon:g}; 1 is a usual choice")
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        _refuse(f"--delta must lie strictly between 0 and 1, got {delta:g}; 1e-5 is a usual choice")
+
+
+def _check_budget(options: argparse.Namespace) -> None:
+    """Exactly one of epsilon and noise multiplier, each in its range."""
+    if options.epsilon is not None and options.noise_multiplier is not None:
+        _refuse("--epsilon and --noise-multiplier fix the same thing; give one of them")
+    if options.epsilon is None and options.noise_multiplier is None:
+        _refuse("no privacy budget; give --epsilon (for example 1) or --noise-multiplier")
+    if options.epsilon is not None:
+        _check_epsilon(options.epsilon)
+    elif not (options.noise_multiplier > 0 and math.isfinite(options.noise_multiplier)):
+        _refuse(f"--noise-multiplier must be a positive number, got {options.noise_multiplier:g}")
+    _check_delta(options.delta)
+
+
+def _check_count(option: str, count: int, least: int = 1) -> None:
+    if count < least:
+        _refuse(f"{option} must be at least {least}, got {count}")
+
+
+def _check_input(name_or_path: str | Path) -> None:
+    """Existence only: the answer to a misspelt path should not wait until a model is loaded."""
+    if not os.path.exists(name_or_path):
+        from hyperdp_lib.data import require_source
+
+        require_source(name_or_path)
+
+
+def _check_output(
+    path: Path, overwrite: bool, suffix: str | None = None, folder_of: str | None = None
+) -> None:
+    """That ``path`` can be written and nothing is lost by it."""
+    if suffix is not None and path.suffix.lower() != suffix:
+        _refuse(f"output {str(path)!r} must end in {suffix}; rename it")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        _refuse(f"cannot write to folder {str(parent)!r}; create it or choose another place")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        _refuse(f"{str(path)!r} exists; choose another --out or add --overwrite")
+    if folder_of is None:
+        if not path.is_file():
+            _refuse(f"{str(path)!r} is not a file, so it is not overwritten; choose another place")
+    elif path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / folder_of).is_file()):
+        # --overwrite replaces the whole folder: never one that holds something else
+        _refuse(f"{str(path)!r} is not an earlier release, so it is not overwritten; choose another --out")
+
+
+def _check_device(name: str) -> None:
+    if name != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError):
+            _refuse(f"device {name!r} is not available here; use --device cpu")
+
+
+# ---- what the commands share -------------------------------------------------------------------------------
+
+
+def _geometry(base_model: Any) -> tuple[int, int]:
+    """Image side and channels of a diffusers model."""
+    return int(base_model.config.sample_size), int(base_model.config.in_channels)
+
+
+def _features_file(name_or_path: str) -> Path:
+    if name_or_path == DEFAULT_FEATURES:
+        return Path(__file__).parent / "weights" / "glyphs" / "features.safetensors"
+    return Path(name_or_path)
+
+
+def _tell(image_set: ImageSet) -> None:
+    for note in image_set.notes:
+        _note(note)
+
+
+def _note(text: str) -> None:
+    print(f"hyperdp: {text}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="hyperdp", description="Private images in, a certified LoRA adapter out.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Callable[..., Any]:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("release", _release, "turn private images into one adapter with a privacy certificate")
+    add("images", metavar="IMAGES", help="folder of images, folder of class sub-folders, .npz, or: digits")
+    add("--epsilon", type=float, help="privacy budget; this or --noise-multiplier")
+    add("--noise-multiplier", type=float, help="standard deviation of the noise over the sensitivity")
+    add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
+    add("--num-samples", type=int, default=10, help="images per class on samples.png; default: 10, none: 0")
+    add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--overwrite", action="store_true", help="replace an earlier release in DIR")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+    add("--json", action="store_true", help="print the certificate as JSON")
+
+    add = command("sample", _sample, "draw images from a release")
+    add("folder", metavar="DIR", type=Path, help="a release")
+    add("--num-images", type=int, default=1000, help="in all, shared equally by the classes; default: 1000")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--out", type=Path, required=True, metavar="NPZ", help="images (uint8) and, with classes, labels")
+    add("--grid", type=Path, metavar="PNG", help="also write a sheet of samples")
+    add("--overwrite", action="store_true", help="replace existing files")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+    add("--json", action="store_true", help="print what was written as JSON")
+
+    add = command("evaluate", _evaluate, "score samples against real images (a research metric, not DP)")
+    add("samples", metavar="SAMPLES", help=".npz or folder of images")
+    add("--reference", required=True, metavar="REFERENCE", help="real images: .npz, folder, or: digits-test")
+    add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
+
+    add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")
+    add("--private", required=True, metavar="NAME|IMAGES", help="private images, for example: digits")
+    add("--methods", nargs="+", default=["all"], metavar="METHOD", help="all (default), or names of methods")
+    add("--epsilon", type=float, nargs="+", default=[1.0], help="privacy budgets; default: 1")
+    add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--num-private", type=int, help="private images to use; default: all")
+    add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+
+    add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
+    add("--preset", required=True, metavar="NAME", help="for example: glyphs")
+    add("--out", type=Path, metavar="DIR", help="folder of weights and checkpoints")
+    add("--restart", action="store_true", help="begin anew rather than resume")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+
+    add = command("verify", _verify, "recompute a release's certificate (exit code 1 and a list if it fails)")
+    add("folder", metavar="DIR", type=Path, help="a release")
+    add("--json", action="store_true", help="print the problems as JSON")
+    return parser

@@ -1,0 +1,173 @@
+"""The command line: what it refuses, and one release from private images to scores."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from bad_images import BAD_INPUT, write_png
+
+import hyperdp_lib
+from hyperdp_lib import cli
+
+RELEASE = ["--epsilon", "1"]
+
+
+@pytest.fixture
+def stub_model(monkeypatch):
+    """In place of the shipped model: tells its geometry, and must never be asked for a release."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("bad input reached the release")
+
+    base_model = SimpleNamespace(config=SimpleNamespace(sample_size=16, in_channels=1))
+    hypernetwork = SimpleNamespace(load_pretrained=lambda name: (base_model, None))
+    monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", hypernetwork)
+    release = SimpleNamespace(release=never, save_release=never, load_release=never)
+    monkeypatch.setitem(vars(hyperdp_lib), "release", release)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of two good images."""
+    for name in ("1.png", "2.png"):
+        write_png(tmp_path / "images" / name)
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs a command that must end with code 2 and one line on stderr, with nothing written anywhere."""
+
+    def run(*arguments, expect):
+        before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert cli.main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("hyperdp: ") and printed.err.endswith("\n")
+        assert printed.err.count("\n") == 1, printed.err
+        assert expect in printed.err
+        assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    return run
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_release_refuses_bad_images(name, stub_model, refused, tmp_path):
+    make, expected = BAD_INPUT[name]
+    (tmp_path / "in").mkdir()
+    refused("release", make(tmp_path / "in"), *RELEASE, "--out", tmp_path / "out", expect=expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "no privacy budget"),
+        (["--epsilon", "1", "--noise-multiplier", "3"], "give one of them"),
+        (["--epsilon", "0"], "--epsilon must be a positive number"),
+        (["--epsilon", "-1"], "--epsilon must be a positive number"),
+        (["--epsilon", "nan"], "--epsilon must be a positive number"),
+        (["--epsilon", "inf"], "--epsilon must be a positive number"),
+        (["--epsilon", "one"], "invalid float value"),
+        (["--noise-multiplier", "0"], "--noise-multiplier must be a positive number"),
+        (["--noise-multiplier", "nan"], "--noise-multiplier must be a positive number"),
+        (["--epsilon", "1", "--delta", "0"], "strictly between 0 and 1"),
+        (["--epsilon", "1", "--delta", "1"], "strictly between 0 and 1"),
+        (["--epsilon", "1", "--delta", "nan"], "strictly between 0 and 1"),
+        (["--epsilon", "1", "--neighboring-relation", "swap"], "invalid choice"),
+        (["--epsilon", "1", "--device", "abacus"], "device 'abacus' is not available"),
+        (["--epsilon", "1", "--seed", "x"], "invalid int value"),
+        (["--epsilon", "1", "--num-samples", "-1"], "--num-samples"),
+        (["--epsilon", "1", "--unknown"], "unrecognized arguments"),
+    ],
+)
+def test_release_refuses_bad_options(options, expected, stub_model, refused, images, tmp_path):
+    refused("release", images, *options, "--out", tmp_path / "out", expect=expected)
+
+
+def test_release_refuses_an_output_that_exists(stub_model, refused, images, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    refused("release", images, *RELEASE, "--out", out, expect="add --overwrite")
+    write_png(out / "precious.png")
+    refused("release", images, *RELEASE, "--out", out, "--overwrite", expect="not an earlier release")
+    refused("release", images, *RELEASE, "--out", images, "--overwrite", expect="not an earlier release")
+    file = tmp_path / "file"
+    file.write_text("precious")
+    refused("release", images, *RELEASE, "--out", file, "--overwrite", expect="not an earlier release")
+    refused("release", images, *RELEASE, "--out", tmp_path / "no" / "out", expect="cannot write to folder")
+
+
+def test_missing_or_unknown_commands(refused):
+    refused(expect="required: COMMAND")
+    refused("releese", expect="invalid choice")
+
+
+def test_sample_refuses_bad_output(stub_model, refused, images, tmp_path):
+    existing = tmp_path / "there.npz"
+    existing.write_text("precious")
+    refused("sample", images, "--out", existing, expect="add --overwrite")
+    refused("sample", images, "--out", tmp_path / "x.npy", expect="must end in .npz")
+    refused("sample", images, "--out", tmp_path / "x.npz", "--grid", tmp_path / "g.jpg", expect="end in .png")
+    refused("sample", images, "--out", tmp_path / "x.npz", "--num-images", "0", expect="at least 1")
+    refused("sample", tmp_path / "absent", "--out", tmp_path / "x.npz", expect="no such")
+
+
+def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    refused("compare", "--private", "digits", "--epsilon", "1", "nan", *out, expect="--epsilon")
+    refused("compare", "--private", "digits", "--delta", "2", *out, expect="--delta")
+    refused("compare", "--private", "digits", "--seeds", "0", *out, expect="--seeds")
+    refused("compare", "--private", "digits", "--num-private", "0", *out, expect="--num-private")
+    refused("compare", "--private", tmp_path / "absent", *out, expect="no such file")
+    refused("verify", tmp_path / "absent", expect="no such release")
+
+
+# ---- manners -----------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch():
+    check = "import sys, hyperdp_lib.cli as c; c._parser(); sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["release", "sample", "evaluate", "compare", "train", "verify"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_interruption_is_quiet(monkeypatch, capsys, tmp_path):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vars(hyperdp_lib), "certificate", SimpleNamespace(verify=interrupted))
+    assert cli.main(["verify", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "hyperdp: interrupted\n"
+
+
+def test_other_errors_are_not_swallowed(monkeypatch, tmp_path):
+    def broken(folder):
+        raise ValueError("a bug, not bad input")
+
+    monkeypatch.setitem(vars(hyperdp_lib), "certificate", SimpleNamespace(verify=broken))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["verify", str(tmp_path)])
+
+
+def test_verify_reports_problems(monkeypatch, capsys, tmp_path):
+    problems = ["epsilon does not recompute"]
+    certificate = SimpleNamespace(verify=lambda folder: problems)
+    monkeypatch.setitem(vars(hyperdp_lib), "certificate", certificate)
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "epsilon does not recompute\n"
+    assert cli.main(["verify", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "problems": problems}
+    problems.clear()
+    assert cli.main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("ok: ")
