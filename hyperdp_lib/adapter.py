@@ -1,8 +1,8 @@
 """T LoRA adapters side by side: applied to one batch, written to PEFT folders and read from them.
 
-A LoRA adapter (Hu et al., 2022) adds ``scaling * B (A x)`` to the output ``W x + b`` of chosen layers. Here
-an :class:`Adapter` holds T of them, stacked along the first axis of every factor, because a hypernetwork makes
-one adapter per public task or per private class and trains on many tasks at once.
+A LoRA adapter (Hu et al., 2022) adds ``scaling * B (A x)`` to the output ``W x + b`` of chosen layers.
+Here an :class:`Adapter` holds T of them, stacked along the first axis of every factor, because a hypernetwork
+makes one adapter per public task or per private class, and trains on many tasks at once.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def save_adapter(
     config["inference_mode"] = True
     # PEFT writes sets in hash order, which changes from one process to the next.
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    metadata = {"format": "pt", "adapter_name": adapter.names[0]}
+    metadata = {"format": "pt"}  # one entry only: safetensors writes several in random order
     (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata))
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card, encoding="utf-8")
@@ -313,6 +313,8 @@ def save_adapter(
 
 def load_adapter(folder: str | Path, base_model: nn.Module) -> Adapter:
     """Read a PEFT folder written by :func:`save_adapter` or by PEFT itself, as an `Adapter` with T = 1.
+
+    The adapter is named after the folder.
 
     Raises
     ------
@@ -326,15 +328,17 @@ def load_adapter(folder: str | Path, base_model: nn.Module) -> Adapter:
         if not (folder / file).is_file():
             raise InputError(f"No {file} in {folder}: this is not a PEFT adapter folder (safetensors).")
     try:
+        peft_type = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"]
+        if peft_type != "LORA":
+            raise InputError(f"{folder} holds a {peft_type!r} adapter; only LORA can be loaded.")
         lora_config = LoraConfig.from_pretrained(str(folder))
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is damaged or not a PEFT configuration: {error}") from error
-    if not isinstance(lora_config, LoraConfig):
-        raise InputError(f"{folder} holds a {lora_config.peft_type} adapter, only LORA can be loaded.")
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            name = (file.metadata() or {}).get("adapter_name", folder.name)
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder / WEIGHTS_FILE} is truncated or damaged: {error}") from error
 
@@ -352,4 +356,4 @@ def load_adapter(folder: str | Path, base_model: nn.Module) -> Adapter:
         factors[module.name] = (pair[0], pair[1])
     if tensors:
         raise InputError(f"{wrong_base}: it has no layer for {min(tensors)!r}.")
-    return Adapter(lora_config, geometry, factors, (name,))
+    return Adapter(lora_config, geometry, factors, (folder.resolve().name,))

@@ -46,9 +46,7 @@ def _add_product(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def linear_hook(module: LoraModule, a: Tensor, b: Tensor) -> Hook:
     num_adapters, name = a.shape[0], module.name
-    a_t, b_t = a.transpose(1, 2), b.transpose(1, 2) * module.scaling  # (T, in, r), (T, r, out)
-    if num_adapters == 1:  # plain matrix products have the faster backward pass
-        a_t, b_t = a_t[0], b_t[0]
+    rows = (-1,) if num_adapters == 1 else (num_adapters, -1)  # plain matrix products have a faster backward
 
     def add_low_rank(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -56,7 +54,10 @@ def linear_hook(module: LoraModule, a: Tensor, b: Tensor) -> Hook:
         x = args[0] if args else kwargs["input"]
         _share(x.shape[0], num_adapters, name)
         with _float32(x):
-            rows = (-1,) if num_adapters == 1 else (num_adapters, -1)
+            # made anew in each forward, so that each has a graph of its own; (T, in, r) and (T, r, out)
+            a_t, b_t = a.transpose(1, 2), b.transpose(1, 2) * module.scaling
+            if num_adapters == 1:
+                a_t, b_t = a_t[0], b_t[0]
             x = x.reshape(*rows, x.shape[-1]).to(a.dtype)
             return _add_product(output.reshape(*rows, output.shape[-1]), x @ a_t, b_t).view(output.shape)
 
@@ -75,10 +76,6 @@ def conv2d_hook(module: LoraModule, a: Tensor, b: Tensor) -> Hook:
     name, groups, (stride_y, stride_x) = module.name, module.groups, module.stride
     taps = kernel_height * kernel_width
     fold_padding, input_padding = _fold_padding(module)
-    # fold adds tap (i, j) at +(i, j), a convolution reads it from there: hence the flip. (T, r * taps, in)
-    taps_of_a = a.flip(3, 4).permute(0, 1, 3, 4, 2).reshape(num_adapters, rank * taps, in_channels)
-    # (T, groups, out / groups, r / groups)
-    groups_of_b = b.reshape(num_adapters, groups, -1, rank // groups) * module.scaling
 
     def add_low_rank(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -86,6 +83,9 @@ def conv2d_hook(module: LoraModule, a: Tensor, b: Tensor) -> Hook:
         x = args[0] if args else kwargs["input"]
         share = _share(x.shape[0], num_adapters, name)
         with _float32(x):
+            # fold adds tap (i, j) at +(i, j), a convolution reads it from there: hence the flip
+            taps_of_a = a.flip(3, 4).permute(0, 1, 3, 4, 2).reshape(num_adapters, rank * taps, in_channels)
+            groups_of_b = b.reshape(num_adapters, groups, -1, rank // groups) * module.scaling
             x = (F.pad(x, input_padding) if input_padding else x).to(a.dtype)
             if taps == 1:
                 x = x[:, :, ::stride_y, ::stride_x]
