@@ -7,6 +7,7 @@ together. Whatever is missing, damaged or ambiguous raises :class:`InputError` a
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 import zipfile
@@ -20,6 +21,8 @@ import numpy as np
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 Fit = Callable[[np.ndarray], np.ndarray]
+# Pillow logs what it finds wrong and raises too; the error message is enough.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class InputError(ValueError):
@@ -219,7 +222,7 @@ def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{shown(path)} is not an .npz archive; save it with numpy.savez")
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in names if name in archive.files}
     except InputError:
         raise
