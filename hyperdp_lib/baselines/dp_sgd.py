@@ -1,0 +1,259 @@
+"""DP-SGD for any module, through Opacus: how much noise, whose gradients, which batches.
+
+DP-SGD (Abadi et al. 2016, arXiv 1607.00133) clips each example's gradient, sums, and adds Gaussian noise at
+every step.  `hyperdp_lib.baselines.dp_lora` trains LoRA adapters with it.
+
+What is public: the configuration and the *declared* number of examples, from which sampling rate and gradient
+denominator are computed; the true number is never used.  Which examples form a batch, like the noise, stays
+secret.
+
+Opacus draws floating-point Gaussian noise from torch's Mersenne twister.  That is not the exact arithmetic of
+`hyperdp_lib.mechanism`, and Opacus' ``secure_mode`` would not make it so (Opacus issue 616).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperdp_lib import accounting
+from hyperdp_lib.data import InputError
+
+LossFunction = Callable[..., Tensor]
+"""``(model, images, *, generator, labels) -> (N,)``: one loss for each image, from that image alone."""
+
+RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
+
+Batch = tuple[Tensor, Tensor | None]
+"""Images, and labels where the model reads them."""
+
+Step = Callable[[Sequence[Batch]], None]
+"""Makes one optimiser step from one batch, given in parts that fit into memory."""
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """How much noise every step gets, and why that gives the budget.
+
+    Attributes
+    ----------
+    noise_std : float
+        Standard deviation of the noise on each coordinate of a step's gradient *sum*, over the clip norm.
+    sample_rate : float
+        Poisson sampling rate in (0, 1].
+    num_steps : int
+    declared_size : float
+        Declared number of examples.
+    sensitivity : float
+        Sensitivity of a step's sum, over the clip norm, under the relation that was accounted for.
+    accountant : str
+        The route from noise to (epsilon, delta), in words.
+    """
+
+    noise_std: float
+    sample_rate: float
+    num_steps: int
+    declared_size: float
+    sensitivity: float
+    accountant: str
+
+    @property
+    def denominator(self) -> float:
+        """What the noisy gradient sum is divided by: the expected batch size at the declared size."""
+        return self.sample_rate * self.declared_size
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise over sensitivity, as `hyperdp_lib.accounting` understands it."""
+        return self.noise_std / self.sensitivity
+
+
+def privacy_plan(
+    epsilon: float,
+    delta: float,
+    neighboring_relation: str,
+    *,
+    expected_batch_size: float,
+    declared_size: float,
+    num_steps: int,
+) -> PrivacyPlan:
+    """Noise for a budget.
+
+    Three routes:
+
+    * *Full batches* (expected batch size at least the declared size): T Gaussian mechanisms compose exactly
+      to one whose noise is ``sqrt(T)`` times smaller (Dong, Roth & Su 2022).  A step's sensitivity is C, or 2
+      C for ``replace_one``.
+    * *Poisson batches, add-or-remove or zero-out* (the two have the same pairs of output distributions):
+      numerical composition by the PRV accountant.
+    * *Poisson batches, replace-one*: no accountant here covers it.  A replacement is a removal and an
+      addition, so group privacy for two holds: calibrate add-or-remove to ``epsilon / 2`` and
+      ``delta / (1 + exp(epsilon / 2))``.  Valid, but dear: prefer full batches under ``replace_one``.
+
+    Examples
+    --------
+    >>> sizes = dict(expected_batch_size=50, declared_size=50, num_steps=4)
+    >>> plan = privacy_plan(1.0, 1e-5, "add_or_remove_one", **sizes)
+    >>> round(plan.noise_std, 2), plan.sample_rate, plan.denominator
+    (7.46, 1.0, 50.0)
+    """
+    if neighboring_relation not in RELATIONS:
+        raise InputError(
+            f"unknown neighboring_relation {neighboring_relation!r}: choose one of {', '.join(RELATIONS)}."
+        )
+    if not epsilon > 0 or (math.isfinite(epsilon) and not 0 < delta < 1):
+        raise InputError(f"need epsilon > 0 (inf: not private) and 0 < delta < 1, got {epsilon} and {delta}.")
+    if not declared_size > 0 or not expected_batch_size > 0:
+        raise InputError("the declared number of images and the batch size must be positive.")
+    rate = min(1.0, expected_batch_size / declared_size)
+    if math.isinf(epsilon):
+        return PrivacyPlan(0.0, rate, num_steps, declared_size, 1.0, "none: not private")
+    sensitivity = 1.0
+    if rate == 1.0:
+        route = "analytic Gaussian mechanism; full batches compose exactly"
+        sensitivity = 2.0 if neighboring_relation == "replace_one" else 1.0
+        multiplier = accounting.noise_multiplier(epsilon, delta) * math.sqrt(num_steps)
+    elif neighboring_relation == "replace_one":
+        route = "PRV accountant for add_or_remove_one with Poisson sampling; group privacy for two"
+        half, small = epsilon / 2, delta / (1 + math.exp(epsilon / 2))
+        multiplier = accounting.dp_sgd_noise_multiplier(half, small, rate, num_steps)
+    else:
+        route = "PRV accountant with Poisson sampling"
+        multiplier = accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, num_steps)
+    return PrivacyPlan(multiplier * sensitivity, rate, num_steps, declared_size, sensitivity, route)
+
+
+def require_contiguous_inputs(model: nn.Module) -> None:
+    """Hand every Conv2d a contiguous input.
+
+    Opacus 1.6.0 unfolds a convolution's input with strides that assume contiguous memory, and so computes
+    wrong per-example gradients, without a message, for the channels-last tensors that diffusers' attention
+    returns.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
+class ExampleGradients:
+    """Per-example gradients by Opacus' hooks, averaged over each example's noise draws.
+
+    Opacus keeps one gradient for each row of the batch.  An example fills ``noise_draws`` consecutive rows
+    (noise multiplicity, Dockhorn et al. 2023); its gradient is the mean over them, formed before anything is
+    clipped, so that one example moves a step's sum by at most one clip norm however many draws it gets.
+
+    Modules that own trainable parameters must be in training mode: Opacus records nothing otherwise.
+    """
+
+    def __init__(self, model: nn.Module, loss_function: LossFunction, noise_draws: int = 1) -> None:
+        from opacus.grad_sample.grad_sample_module import GradSampleHooks
+
+        require_contiguous_inputs(model)
+        self.model, self.loss_function, self.noise_draws = model, loss_function, noise_draws
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._hooks = GradSampleHooks(model, loss_reduction="sum")
+
+    def backward(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> None:
+        """Fill ``grad_sample`` of every trainable parameter, shape ``(len(images), *parameter.shape)``."""
+        # Poisson sampling may pick nobody, and diffusers' attention cannot take an empty batch
+        if len(images) == 0:
+            for p in self.parameters:
+                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
+            return
+        summed_loss(self.model, self.loss_function, images, labels, self.noise_draws, generator).backward()
+        for p in self.parameters:
+            rows = p.grad_sample  # type: ignore[attr-defined]
+            # the loss is divided by noise_draws already: the sum over an example's rows is their mean
+            mean = rows.view(len(images), self.noise_draws, *p.shape).sum(1)
+            p.grad_sample = mean  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Take Opacus' hooks off the model."""
+        self._hooks.remove_hooks()
+
+
+def summed_loss(
+    model: nn.Module,
+    loss_function: LossFunction,
+    images: Tensor,
+    labels: Tensor | None,
+    noise_draws: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Sum over examples of the loss, averaged over ``noise_draws`` draws for each example."""
+    repeated = images.repeat_interleave(noise_draws, 0)
+    repeated_labels = None if labels is None else labels.repeat_interleave(noise_draws, 0)
+    return loss_function(model, repeated, generator=generator, labels=repeated_labels).sum() / noise_draws
+
+
+def noisy_step(
+    gradients: ExampleGradients,
+    optimizer: torch.optim.Optimizer,
+    plan: PrivacyPlan,
+    clip_norm: float,
+    *,
+    noise: torch.Generator,
+    draws: torch.Generator,
+) -> Step:
+    """A DP-SGD step: (sum of clipped per-example gradients + noise) / declared expected batch size.
+
+    ``noise`` is secret; ``draws`` (the diffusion's own noise and time steps) need not be.
+    """
+    from opacus.optimizers import DPOptimizer
+
+    private = DPOptimizer(
+        optimizer,
+        noise_multiplier=plan.noise_std,
+        max_grad_norm=clip_norm,
+        expected_batch_size=plan.denominator,  # a float: Opacus only divides by it
+        generator=noise,
+    )
+
+    def step(parts: Sequence[Batch]) -> None:
+        for index, (images, labels) in enumerate(parts):
+            private.zero_grad()
+            gradients.backward(images, labels, draws)
+            # all parts but the last are only clipped and summed; noise comes once, with the last
+            private.signal_skip_step(do_skip=index < len(parts) - 1)
+            private.step()
+
+    return step
+
+
+def plain_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: PrivacyPlan,
+    loss_function: LossFunction,
+    noise_draws: int,
+    *,
+    draws: torch.Generator,
+) -> Step:
+    """The same step without clipping and without noise: ordinary training, not private."""
+
+    def step(parts: Sequence[Batch]) -> None:
+        optimizer.zero_grad()
+        for images, labels in parts:
+            if len(images):
+                loss = summed_loss(model, loss_function, images, labels, noise_draws, draws)
+                (loss / plan.denominator).backward()
+        optimizer.step()
+
+    return step
+
+
+def poisson_batches(num_private: int, plan: PrivacyPlan, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of each step's batch: every example independently at the sampling rate; maybe nobody."""
+    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+    if num_private == 0:  # the sampler refuses, but an empty class must train like any other
+        yield from (torch.zeros(0, dtype=torch.long) for _ in range(plan.num_steps))
+        return
+    sampler = UniformWithReplacementSampler(
+        num_samples=num_private, sample_rate=plan.sample_rate, generator=generator, steps=plan.num_steps
+    )
+    yield from (torch.tensor(indices, dtype=torch.long) for indices in sampler)
