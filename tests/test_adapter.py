@@ -521,10 +521,8 @@ def test_wrong_factors_are_errors(case: tuple) -> None:
 def test_folder_round_trip(case: tuple, tmp_path: Path) -> None:
     model, config, geometry = case
     adapter = concatenate([random_adapter(config, geometry, 2)], names=["3", "7"])["7"]
-    save_adapter(
-        adapter, tmp_path / "new" / "folder", base_model_name_or_path="glyphs", model_card="# Card\n"
-    )
     folder = tmp_path / "classes" / "7"
+    save_adapter(adapter, folder, base_model_name_or_path="glyphs", model_card="# Card\n")
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "adapter_config.json",
