@@ -1,0 +1,50 @@
+"""Figures draw what they are given: pixels unchanged, one line per method, controls at the axis' ends."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from hyperdp_lib import figures
+from hyperdp_lib.records import Record, load_records
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    figures.house_style()
+    yield
+    plt.close("all")
+
+
+def test_grid_keeps_pixels_and_order() -> None:
+    images = torch.stack([torch.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
+    _, axes = plt.subplots()
+    figures.draw_images(axes, images, columns=2)
+    canvas = np.asarray(axes.images[0].get_array())
+    assert canvas.shape == (5, 5)
+    assert canvas[0, 0] == 0 and canvas[3, 0] == 255 and canvas[0, 3] in (127, 128)
+
+
+def test_colour_images_and_sheets() -> None:
+    images = torch.zeros(6, 3, 4, 4)
+    figure = figures.sheets({"a": images, "b": images[:4]}, columns=2)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b"]
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    assert len(figures.sample_sheet(images, labels, ["x", "y", "z"], per_class=2).axes) == 3
+
+
+def test_scores_against_epsilon(tmp_path) -> None:
+    cells = [("dp_deepsets", 0.0), ("dp_deepsets", 1.0), ("dp_deepsets", None), ("dp_lora", 1.0)]
+    for method, epsilon in cells:
+        scores = {"accuracy": 0.5, "frechet_distance": 300.0}
+        Record("p-q", method, epsilon, 1e-5, "add_or_remove_one", 10, 0, scores=scores).save(tmp_path)
+    figure = figures.scores_against_epsilon(load_records(tmp_path), "p-q")
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_xticklabels()] == [
+        "0\nno private\ndata",
+        "1",
+        "∞\nno noise",
+    ]
+    assert len(left.containers) == len(right.containers) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["DP-DeepSets", "DP-SGD LoRA"]
+    figure.canvas.draw()

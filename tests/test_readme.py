@@ -1,0 +1,79 @@
+"""What the README says can be typed, can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands(program: str) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == program]
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(blocks("python")) == 1
+    assert commands("hyperdp") and commands("make") and commands("papermill")
+
+
+@pytest.mark.parametrize("arguments", commands("hyperdp"), ids=lambda arguments: arguments[0])
+def test_hyperdp_commands_parse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option is known: --help is appended, so that nothing runs, and must show each option used."""
+    from hyperdp_lib.cli import main
+
+    try:
+        code = main([arguments[0], "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (0, None)
+    help_text = capsys.readouterr().out
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert re.search(rf"{option}\b", help_text), f"hyperdp {arguments[0]} has no {option}"
+
+
+@pytest.mark.parametrize("target", [target for arguments in commands("make") for target in arguments])
+def test_make_targets_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+
+
+@pytest.mark.parametrize("arguments", commands("papermill"), ids=lambda arguments: Path(arguments[0]).stem)
+def test_papermill_parameters_exist(arguments: list[str]) -> None:
+    from papermill import inspect_notebook
+
+    known = inspect_notebook(str(ROOT / arguments[0]))
+    used = [arguments[i + 1] for i, argument in enumerate(arguments) if argument == "-p"]
+    assert set(used) <= set(known)
+
+
+def test_tldr_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    namespace: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert tuple(namespace["images"].shape) == (100, 1, 16, 16)  # type: ignore[attr-defined]
+    assert "epsilon" in capsys.readouterr().out.lower()
+
+
+def test_links_and_files_exist() -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    (layout,) = [block for block in blocks("text") if "hyperdp_lib/" in block]
+    for line in layout.splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_results_table_is_what_the_records_say() -> None:
+    from hyperdp_lib import records, report
+
+    folder = ROOT / "book" / "results"
+    if not folder.is_dir():
+        pytest.skip("no records in book/results yet")
+    table = report.results_table(records.load_records(folder), "glyphs-digits")
+    assert f"<!-- results:start -->\n{table}\n<!-- results:end -->" in README, "run: make results-table"
