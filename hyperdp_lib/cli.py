@@ -14,10 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from hyperdp_lib.data import ImageSet
+from typing import Any, NoReturn
 
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 DEFAULT_HYPERNETWORK = "glyphs"
@@ -67,12 +64,13 @@ def _release(options: argparse.Namespace) -> None:
     private = data.load_named_or_path(
         options.images, *_geometry(base_model), labelled=not options.unlabelled
     )
-    _tell(private)
+    for note in private.notes:
+        _tell(note)
     if options.delta > 1.0 / len(private):
         # n may itself be private: this goes to the operator's screen and nowhere else
-        _note(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
+        _tell(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
     if options.seed is not None:
-        _note("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
+        _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
     adapter, certificate = release.release(
         private.images.to(options.device),
         network.to(options.device),
@@ -147,8 +145,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
     reference = data.load_named_or_path(options.reference, *fit)
-    for image_set in (samples, reference):
-        _tell(image_set)
     ours = evaluation.features(network, samples.images)
     theirs = evaluation.features(network, reference.images)
     precision, recall = evaluation.precision_recall(ours, theirs)
@@ -168,7 +164,9 @@ def _evaluate(options: argparse.Namespace) -> None:
                 samples.images, samples.labels, reference.images, reference.labels
             )
         else:
-            _note("samples and reference name their classes differently; accuracy left out")
+            _tell("samples and reference name their classes differently; accuracy left out")
+    for note in (*samples.notes, *reference.notes):
+        _tell(note)
     print(json.dumps(scores, indent=1))
 
 
@@ -308,12 +306,7 @@ def _features_file(name_or_path: str) -> Path:
     return Path(name_or_path)
 
 
-def _tell(image_set: ImageSet) -> None:
-    for note in image_set.notes:
-        _note(note)
-
-
-def _note(text: str) -> None:
+def _tell(text: str) -> None:
     print(f"hyperdp: {text}", file=sys.stderr)
 
 
