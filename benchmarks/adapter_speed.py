@@ -35,7 +35,7 @@ TARGETS = {"dit": 1.25, "unet": 1.7}
 DIT_LORA = (
     r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
 )
-UNET_LORA = r".*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut)"
+UNET_LORA = r".*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|conv)"
 
 
 def dit(lora_rank: int) -> tuple[nn.Module, LoraConfig, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def dit(lora_rank: int) -> tuple[nn.Module, LoraConfig, tuple[int, ...]]:
 
 
 def unet(lora_rank: int) -> tuple[nn.Module, LoraConfig, tuple[int, ...]]:
-    """A U-Net with attention, 16x16x1, (32, 64) channels; adapts attention and every residual block."""
+    """A U-Net with attention, 16x16x1, (32, 64) channels; adapts attention and all inner convolutions."""
     model = UNet2DModel(
         sample_size=16,
         in_channels=1,
