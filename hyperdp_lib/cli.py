@@ -177,21 +177,28 @@ def _compare(options: argparse.Namespace) -> None:
     _check_count("--seeds", options.seeds)
     if options.num_private is not None:
         _check_count("--num-private", options.num_private)
+    if os.path.lexists(options.out) and not options.out.is_dir():
+        _refuse(f"{str(options.out)!r} is not a folder; choose another --out")
     _check_input(options.private)
     _check_device(options.device)
     from hyperdp_lib import comparison
 
-    comparison.compare(
+    paths = comparison.compare(
         options.private,
         methods=options.methods,
         epsilons=options.epsilon,
         delta=options.delta,
+        neighboring_relation=options.neighboring_relation,
         num_private=options.num_private,
         seeds=range(options.seeds),
         hypernetwork=options.hypernetwork,
         out=options.out,
         device=options.device,
     )
+    if options.json:
+        print(json.dumps({"records": [str(path) for path in paths]}))
+    else:
+        print(f"{len(paths)} records in {options.out} (research metrics, not DP)")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -363,11 +370,13 @@ def _parser() -> _Parser:
     add("--methods", nargs="+", default=["all"], metavar="METHOD", help="all (default), or names of methods")
     add("--epsilon", type=float, nargs="+", default=[1.0], help="privacy budgets; default: 1")
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--num-private", type=int, help="private images to use; default: all")
     add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
+    add("--json", action="store_true", help="print the records' paths as JSON")
 
     add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
     add("--preset", required=True, metavar="NAME", help="for example: glyphs")

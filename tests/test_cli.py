@@ -125,6 +125,8 @@ def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
     refused("compare", "--private", "digits", "--seeds", "0", *out, expect="--seeds")
     refused("compare", "--private", "digits", "--num-private", "0", *out, expect="--num-private")
     refused("compare", "--private", tmp_path / "absent", *out, expect="no such file")
+    (tmp_path / "file").write_text("precious")
+    refused("compare", "--private", "digits", "--out", tmp_path / "file", expect="is not a folder")
     refused("verify", tmp_path / "absent", expect="no such release")
 
 
@@ -171,6 +173,35 @@ def test_evaluate_refuses_too_few_images_and_unknown_features(feature_file, refu
     refused("evaluate", "digits", "--reference", tmp_path / "absent.npz", expect="no such file")
     refused("evaluate", "digits", "--reference", "digits", "--features", "absent", expect="no feature")
     refused("evaluate", images, *known, expect="sample more")
+
+
+# ---- compare and train -------------------------------------------------------------------------------------
+
+
+def test_compare_passes_its_options_on(monkeypatch, capsys, tmp_path):
+    def compare(private, **options):
+        asked.update(options, private=private)
+        return [tmp_path / "a.json", tmp_path / "b.json"]
+
+    asked = {}
+    monkeypatch.setitem(vars(hyperdp_lib), "comparison", SimpleNamespace(compare=compare))
+    command = "compare --private digits --methods all --epsilon 1 4 --num-private 128 --seeds 3 --out".split()
+    assert cli.main([*command, str(tmp_path)]) == 0
+    assert asked["private"] == "digits" and asked["methods"] == ["all"] and asked["epsilons"] == [1.0, 4.0]
+    assert asked["num_private"] == 128 and list(asked["seeds"]) == [0, 1, 2] and asked["out"] == tmp_path
+    assert capsys.readouterr().out.startswith("2 records in ")
+    assert cli.main([*command, str(tmp_path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["records"]) == 2
+
+
+def test_train_resumes_unless_told_otherwise(monkeypatch, tmp_path):
+    asked = []
+    training = SimpleNamespace(train=lambda preset, **options: asked.append((preset, options)))
+    monkeypatch.setitem(vars(hyperdp_lib), "training", training)
+    assert cli.main(["train", "--preset", "glyphs"]) == 0
+    assert cli.main(["train", "--preset", "glyphs", "--restart", "--out", str(tmp_path)]) == 0
+    assert [preset for preset, _ in asked] == ["glyphs", "glyphs"]
+    assert [options["resume"] for _, options in asked] == [True, False] and asked[1][1]["out"] == tmp_path
 
 
 # ---- manners ---------------------------------------------------------------------------------------------
