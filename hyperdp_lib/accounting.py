@@ -75,11 +75,7 @@ def mu(noise_multiplier: Releases) -> float:
 
 
 def rho(noise_multiplier: Releases) -> float:
-    """zCDP parameter, exact for the discrete mechanism.
-
-    >>> rho(2.0)
-    0.125
-    """
+    """zCDP parameter, exact for the discrete mechanism."""
     return mu(noise_multiplier) ** 2 / 2
 
 
@@ -146,8 +142,8 @@ def dp_sgd_epsilon(
     ``sample_rate`` 1 nothing is sampled and (1) with ``mu = sqrt(steps) / noise_multiplier`` is used.
 
     *What is rigorous.* The ideal mechanism: DP-SGD's noise is floating point. ``add_or_remove_one`` and
-    ``zero_out`` share the dominating pair ``N(0)``, ``(1 - q) N(0) + q N(C)``, hence epsilon; ``replace_one``
-    is refused, as no dominating pair is proven for it under Poisson sampling and composition.
+    ``zero_out`` share the dominating pair ``N(0)``, ``(1 - q) N(0) + q N(C)``, hence epsilon. ``replace_one``
+    is refused: no dominating pair is proven for it here.
     """
     _check_delta(delta)
     if neighboring_relation not in ("add_or_remove_one", "zero_out"):
@@ -157,8 +153,7 @@ def dp_sgd_epsilon(
     if noise_multiplier == 0:
         return math.inf
     if sample_rate == 1:
-        total_mu = math.sqrt(steps) / noise_multiplier
-        return _smallest(lambda value: _gaussian_delta(total_mu, value) <= delta)
+        return _smallest(lambda value: _gaussian_delta(steps**0.5 / noise_multiplier, value) <= delta)
     from opacus.accountants import PRVAccountant
 
     prv = PRVAccountant()
@@ -166,12 +161,13 @@ def dp_sgd_epsilon(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the width of the accountant's domain: too wide is safe
         prv_epsilon = float(prv.get_epsilon(delta, eps_error=eps_error))
-    return max(prv_epsilon, _pld_epsilon(noise_multiplier, delta, sample_rate, steps))
+    return max(prv_epsilon, pld_epsilon([(noise_multiplier, sample_rate, steps)], delta))
 
 
 def dp_sgd_noise_multiplier(
-    epsilon: float, delta: float, sample_rate: float, steps: int, neighboring_relation: str = "add_or_remove_one"
-) -> float:
+    epsilon: float, delta: float, sample_rate: float, steps: int,
+    neighboring_relation: str = "add_or_remove_one",
+) -> float:  # fmt: skip
     """The multiplier that makes DP-SGD (epsilon, delta)-DP by :func:`dp_sgd_epsilon`, rounded up by 0.2 %.
 
     The accountants' error stays below 1 % of epsilon and below 0.01, so that no rival is handicapped.
@@ -180,20 +176,23 @@ def dp_sgd_noise_multiplier(
     if math.isinf(epsilon):
         return 0.0
     known = (delta, sample_rate, steps, neighboring_relation, min(0.01, 0.01 * epsilon))
-    # PLD is fast and never above the final bound: start from its answer.
-    result = _smallest(lambda m: _pld_epsilon(m, delta, sample_rate, steps) <= epsilon, tolerance=1e-4)
+    result = _smallest(lambda m: pld_epsilon([(m, sample_rate, steps)], delta) <= epsilon, tolerance=1e-4)
     while dp_sgd_epsilon(result, *known) > epsilon:
         result *= 1.002
     return result
 
 
-def _pld_epsilon(noise_multiplier: float, delta: float, sample_rate: float, steps: int) -> float:
+def pld_epsilon(parts: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """Epsilon of several ``(noise_multiplier, sample_rate, steps)`` by dp-accounting; slack included."""
     import dp_accounting
 
     accountant = dp_accounting.pld.PLDAccountant()
-    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    accountant.compose(dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), steps)
-    return float(accountant.get_epsilon(delta))
+    xi = log_c = 0.0
+    for m, rate, steps in parts:
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(m)), steps)
+        slack = discretisation_slack(m) if rate == 1 else (0.0, 0.0)
+        xi, log_c = xi + steps * slack[0], log_c + steps * slack[1]
+    return xi + float(accountant.get_epsilon(delta * math.exp(-log_c) * (1 - 1e-9)))  # 1e-9 covers the tails
 
 
 def _discrete_delta(multipliers: Sequence[float], epsilon: float) -> float:

@@ -1,0 +1,248 @@
+"""The certificate: what was released and at what privacy cost, in JSON and in one English sentence.
+
+*Precondition.* Whoever reads private data adds one :class:`~hyperdp_lib.ledger.LedgerEntry` for it.
+*Postcondition.* ``epsilon`` at ``delta`` covers the whole ledger; a release that is not in its own ledger
+prints no epsilon. :func:`verify` recomputes everything from the folder alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal
+from pathlib import Path
+from typing import Any
+
+from hyperdp_lib import accounting
+from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
+from hyperdp_lib.ledger import LedgerEntry, conversion, gaussian_charge, gaussian_multipliers, ledger_epsilon
+from hyperdp_lib.mechanism import GaussianSum
+from hyperdp_lib.strict_json import check_types, decode, loads, plain
+
+STAMP = "demonstration - NOT PRIVATE"
+
+GAUSSIAN_SUM, DP_SGD = "discrete Gaussian sum", "DP-SGD"
+NO_PRIVATE_DATA, NO_PRIVACY = "no private data", "no privacy"
+OS_NOISE, SEEDED_NOISE = "operating system (OpenDP)", "seeded demonstration"
+FLOAT_NOISE, NO_NOISE = "torch generator (floating-point noise)", "none"
+RELATIONS = {
+    "add_or_remove_one": "adding or removing one image",
+    "replace_one": "replacing one image",
+    "zero_out": "blanking out one image",
+}
+_CHOICES = {
+    "mechanism": (GAUSSIAN_SUM, DP_SGD, NO_PRIVATE_DATA, NO_PRIVACY),
+    "rng": (OS_NOISE, SEEDED_NOISE, FLOAT_NOISE, NO_NOISE),
+    "neighboring_relation": tuple(RELATIONS),
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Everything a reader needs to judge a release; None where a field does not apply.
+
+    ``epsilon``, ``delta``, ``mu`` and ``rho`` cover the whole ledger; the noise, the clip norm and the
+    sensitivity are the release's own, in the embedding's units (DP-SGD: the gradient's). Hashes are sha256
+    in hexadecimal.
+    """
+
+    method: str
+    mechanism: str
+    epsilon: float
+    delta: float
+    mu: float | None
+    rho: float | None
+    conversion: str
+    neighboring_relation: str
+    rng: str
+    demonstration: bool
+    num_private: int | None = None
+    num_private_treatment: str = "not public"
+    labels: str = "none"
+    class_names: tuple[str, ...] = ()
+    noise_multiplier: float | None = None
+    noise_std: float | None = None
+    clip_norm: float | None = None
+    sensitivity: float | None = None
+    grid_bits: int | None = None
+    dimension: int | None = None
+    num_rows: int | None = None
+    encoder_sha256: str | None = None
+    base_model_sha256: str | None = None
+    hypernetwork_sha256: str | None = None
+    artefact_sha256: dict[str, str] = field(default_factory=dict)
+    ledger: tuple[LedgerEntry, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+        if self.num_private is not None and self.neighboring_relation == "add_or_remove_one":
+            raise ValueError("num_private is secret under add_or_remove_one and must not be stated")
+
+    @property
+    def private(self) -> bool:
+        """Whether the guarantee holds: unpredictable noise, and a finite epsilon."""
+        return not self.demonstration and math.isfinite(self.epsilon)
+
+    @property
+    def charged(self) -> bool:
+        """Whether the release itself is in the ledger."""
+        if self.mechanism == NO_PRIVATE_DATA:
+            return True
+        return self.noise_multiplier in [entry.noise_multiplier for entry in self.ledger if entry.private]
+
+    @property
+    def sentence(self) -> str:
+        """One English sentence, the first line of the model card. Numbers are rounded up."""
+        if not self.charged:
+            return "No epsilon can be stated: this release was not charged to its privacy ledger."
+        if self.mechanism == NO_PRIVATE_DATA:
+            return "This adapter was made from public data alone: no private image was read (epsilon = 0)."
+        if math.isinf(self.epsilon):
+            stamp = STAMP if self.demonstration else "NOT PRIVATE"
+            return f"{stamp}: no noise protects the private images (epsilon = infinity)."
+        claim = (
+            f"(epsilon = {_rounded_up(self.epsilon)}, delta = {_rounded_up(self.delta)})-differentially "
+            f"private with respect to {RELATIONS[self.neighboring_relation]}"
+        )
+        if self.demonstration:
+            return f"{STAMP}: the noise came from a seed; with secret noise this adapter would be {claim}."
+        return f"This adapter is {claim}."
+
+    def to_json(self) -> str:
+        """JSON text with sorted keys and a checksum; infinity is the string "infinity"."""
+        values = plain(self)
+        text = json.dumps(values | {"checksum": _checksum(values)}, indent=2, sort_keys=True, allow_nan=False)
+        return text + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        """Read strictly: every key present, known, single and of its type, no NaN, and the checksum right.
+
+        Anything else is a ValueError that says what is wrong.
+        """
+        values = loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("is not a JSON object")
+        checksum = values.pop("checksum", None)
+        certificate: Certificate = decode(values, cls)
+        if checksum != _checksum(plain(certificate)):
+            raise ValueError("was changed after it was written: its checksum does not match")
+        return certificate
+
+
+def ledger_certificate(
+    ledger: Sequence[LedgerEntry],
+    delta: float,
+    *,
+    method: str,
+    mechanism: str,
+    neighboring_relation: str,
+    rng: str,
+    epsilon: float | None = None,
+    num_private: int | None = None,
+    **fields: Any,
+) -> Certificate:
+    """Certificate of any method: what follows from the ledger, and other `fields` of :class:`Certificate`.
+
+    ``epsilon`` is the budget asked for: stated if the ledger stays within it and nearly fills it (DP-SGD's
+    accountants leave up to 2 %), else what was spent is. ``num_private`` is dropped where it is secret.
+    """
+    spent = ledger_epsilon(ledger, delta, neighboring_relation)
+    slack = 0.02 if any(entry.kind == "dp_sgd" for entry in ledger) else 1e-6
+    stated = epsilon if epsilon is not None and spent <= epsilon <= spent * (1 + slack) else spent
+    multipliers = gaussian_multipliers(ledger)
+    secret = neighboring_relation == "add_or_remove_one"
+    derived = {
+        "num_private_treatment": "not public" if secret else "public",
+        "labels": "public label set, private labels" if fields.get("class_names") else "none",
+        "conversion": conversion(ledger),
+        "versions": library_versions(),
+    }
+    return Certificate(
+        method,
+        mechanism,
+        stated,
+        delta,
+        mu=None if multipliers is None else accounting.mu(multipliers),
+        rho=None if multipliers is None else accounting.rho(multipliers),
+        neighboring_relation=neighboring_relation,
+        rng=rng,
+        demonstration=rng == SEEDED_NOISE,
+        num_private=None if secret else num_private,
+        ledger=tuple(ledger),
+        **(derived | fields),
+    )
+
+
+def gaussian_certificate(
+    config: GaussianSum,
+    delta: float,
+    *,
+    seeded: bool,
+    method: str = "dp_deepsets",
+    description: str = "one noisy sum of embeddings",
+    ledger: Sequence[LedgerEntry] = (),
+    **fields: Any,
+) -> Certificate:
+    """Certificate of one noisy sum, itself charged after `ledger` (what was spent before).
+
+    `fields`: ``epsilon`` (the budget asked for), ``num_private``, ``class_names``, ``encoder_sha256``,
+    ``base_model_sha256``, ``hypernetwork_sha256``, ``warnings``.
+
+    Examples
+    --------
+    >>> config = GaussianSum(dimension=64, noise_multiplier=accounting.noise_multiplier(1.0, 1e-5))
+    >>> gaussian_certificate(config, 1e-5, epsilon=1.0, seeded=False).sentence[:52]
+    'This adapter is (epsilon = 1, delta = 1e-05)-differe'
+    """
+    if config.neighboring_relation == "add_or_remove_one":
+        fields = {"num_private_treatment": "not public; noisy count released in the same sum"} | fields
+    numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
+    return ledger_certificate(
+        (*ledger, gaussian_charge(description, config.noise_multiplier, delta)),
+        delta,
+        method=method,
+        mechanism=GAUSSIAN_SUM,
+        neighboring_relation=config.neighboring_relation,
+        rng=SEEDED_NOISE if seeded else OS_NOISE,
+        **{name: getattr(config, name) for name in numbers},
+        **fields,
+    )
+
+
+def write_certificate(certificate: Certificate, folder: str | Path) -> Path:
+    """Hash every file under `folder` into the certificate and write it there, atomically; its path."""
+    folder = Path(folder)
+    complete = dataclasses.replace(certificate, artefact_sha256=folder_sha256(folder))
+    write_atomic(folder / CERTIFICATE_FILE, complete.to_json().encode())
+    return folder / CERTIFICATE_FILE
+
+
+def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[str]:
+    """Problems of a release folder in plain English, empty if none: see :mod:`hyperdp_lib.verification`."""
+    from hyperdp_lib.verification import verify
+
+    return verify(folder, base_model_sha256=base_model_sha256)
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Finds accidents and edits. It is no signature: whoever can rewrite the folder can recompute it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _rounded_up(value: float) -> str:
+    """At most six digits, never below `value`.
+
+    >>> _rounded_up(1.0), _rounded_up(0.99999999), _rounded_up(2.0000001), _rounded_up(1e-5)
+    ('1', '1', '2.00001', '1e-05')
+    """
+    return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(Decimal(repr(value)))):g}"

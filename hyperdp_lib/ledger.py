@@ -1,0 +1,132 @@
+"""The ledger: everything that touched private data, and what it costs together.
+
+*Precondition.* One :class:`LedgerEntry` for each release, DP-SGD run, tuned trial, and each private
+quantity that was declared public. *Postcondition.* :func:`ledger_epsilon` bounds the epsilon of all of them
+together, also if each was chosen after seeing the results of those before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hyperdp_lib import accounting
+from hyperdp_lib.strict_json import check_types
+
+KINDS = ("gaussian", "dp_sgd", "other", "declared_public")
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One thing that touched private data, with its own cost.
+
+    Parameters
+    ----------
+    kind : {"gaussian", "dp_sgd", "other", "declared_public"}
+        A noisy sum; ``steps`` noisy gradients at ``sample_rate``; something of which only ``epsilon`` and
+        ``delta`` are known; a quantity (such as n) declared public, which is outside the promise and costs
+        nothing in it.
+    description : str
+        What it was.
+    epsilon, delta : float
+        Its own cost.
+    mu : float or None
+        Gaussian-DP parameter, None unless Gaussian.
+    noise_multiplier : float or None
+        Noise over sensitivity of one step (``gaussian`` and ``dp_sgd``).
+    sample_rate, steps : float, int
+        Poisson sampling rate in (0, 1] and number of steps (``dp_sgd``).
+    """
+
+    kind: str
+    description: str
+    epsilon: float
+    delta: float
+    mu: float | None = None
+    noise_multiplier: float | None = None
+    sample_rate: float = 1.0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.kind not in KINDS:
+            raise ValueError(f"the kind of a ledger entry must be one of {', '.join(KINDS)}")
+        if self.kind in ("gaussian", "dp_sgd") and self.noise_multiplier is None:
+            raise ValueError(f"a ledger entry of kind {self.kind} needs its noise_multiplier")
+        if not 0 < self.sample_rate <= 1 or self.steps < 1 or not self.delta < 1:
+            raise ValueError("a ledger entry needs 0 < sample_rate <= 1, steps >= 1 and delta < 1")
+        if self.kind == "gaussian" and (self.sample_rate, self.steps) != (1.0, 1):
+            raise ValueError("a ledger entry of kind gaussian is one unsampled release")
+
+    @property
+    def private(self) -> bool:
+        """Whether it was protected by noise (and not declared public)."""
+        return self.kind != "declared_public"
+
+
+def gaussian_charge(description: str, noise_multiplier: float, delta: float) -> LedgerEntry:
+    """Entry of one call of the mechanism: the release, or another (a noisy score, a first look).
+
+    >>> gaussian_charge("one noisy sum", 2.0, 1e-5).mu
+    0.5
+    """
+    cost = accounting.epsilon(noise_multiplier, delta)
+    mu = accounting.mu(noise_multiplier)
+    return LedgerEntry("gaussian", description, cost, delta, mu, noise_multiplier)
+
+
+def gaussian_multipliers(ledger: Sequence[LedgerEntry]) -> list[float] | None:
+    """The noise multipliers, if all that is protected in the ledger is at least one noisy sum."""
+    private = [entry for entry in ledger if entry.private]
+    if not private or any(entry.kind != "gaussian" for entry in private):
+        return None
+    return [entry.noise_multiplier or 0.0 for entry in private]
+
+
+def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_relation: str) -> float:
+    """Epsilon of the whole ledger at `delta`, an upper bound.
+
+    Noisy sums alone compose exactly (mu-GDP). With DP-SGD among them, dp-accounting's PLD composes all; one
+    DP-SGD run alone gets :func:`~hyperdp_lib.accounting.dp_sgd_epsilon`. What is known only by its epsilon
+    and delta is added on top (basic composition), as is sampled DP-SGD under ``replace_one``, which no
+    accountant here covers.
+
+    Examples
+    --------
+    >>> entry = gaussian_charge("one noisy sum", 5.2756, 1e-5)
+    >>> round(ledger_epsilon([entry, entry], 1e-5, "add_or_remove_one"), 3)
+    1.0
+    """
+    private = [entry for entry in ledger if entry.private]
+    known_only = [entry for entry in private if _is_known_only(entry, neighboring_relation)]
+    composed = [entry for entry in private if not _is_known_only(entry, neighboring_relation)]
+    base = math.fsum(entry.epsilon for entry in known_only)
+    rest = delta - math.fsum(entry.delta for entry in known_only)
+    if not composed:
+        return base if rest >= 0 else math.inf
+    if rest <= 0 or any(entry.noise_multiplier == 0 for entry in composed):
+        return math.inf
+    parts = [(entry.noise_multiplier or 0.0, entry.sample_rate, entry.steps) for entry in composed]
+    if all(entry.kind == "gaussian" for entry in composed):
+        return base + accounting.epsilon([multiplier for multiplier, _, _ in parts], rest)
+    if len(parts) == 1:
+        multiplier, sample_rate, steps = parts[0]
+        error = min(0.01, 0.01 * composed[0].epsilon)  # the accountant's own, as in calibration
+        return base + accounting.dp_sgd_epsilon(multiplier, rest, sample_rate, steps, eps_error=error)
+    return base + accounting.pld_epsilon(parts, rest)
+
+
+def _is_known_only(entry: LedgerEntry, neighboring_relation: str) -> bool:
+    sampled = entry.kind == "dp_sgd" and entry.sample_rate < 1
+    return entry.kind == "other" or (sampled and neighboring_relation == "replace_one")
+
+
+def conversion(ledger: Sequence[LedgerEntry]) -> str:
+    """In words, by which route :func:`ledger_epsilon` came to its number."""
+    kinds = {entry.kind for entry in ledger if entry.private}
+    if kinds == {"gaussian"}:
+        return "analytic Gaussian mechanism with discretisation slack; rho is exact"
+    if kinds == {"dp_sgd"} and len(ledger) == 1:
+        return "the larger of the PRV and the PLD accountant; analytic Gaussian for full batches"
+    return "PLD, and basic composition of what is known by epsilon and delta only" if kinds else "none"
