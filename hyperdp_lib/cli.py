@@ -14,7 +14,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from hyperdp_lib.adapter import Adapter
 
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 DEFAULT_HYPERNETWORK = "glyphs"
@@ -106,11 +109,11 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import data, diffusion, hypernetwork, release
+    from hyperdp_lib import data, diffusion, hypernetwork
 
     base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
+    adapter, class_names = _load_adapters(options.folder, base_model)
     base_model.to(options.device)
-    adapter, class_names = release.load_release(options.folder, base_model)
     # Adapters share the images equally, so draw the next multiple and drop the surplus class by class.
     num_adapters = len(adapter)
     each = math.ceil(options.num_images / num_adapters)
@@ -305,6 +308,28 @@ def _check_device(name: str) -> None:
 def _geometry(base_model: Any) -> tuple[int, int]:
     """Image side and channels of a diffusers model."""
     return int(base_model.config.sample_size), int(base_model.config.in_channels)
+
+
+def _load_adapters(folder: Path, base_model: Any) -> tuple[Adapter, tuple[str, ...] | None]:
+    """The adapter of an unlabelled release; or one per class, stacked, with the class names."""
+    from hyperdp_lib.adapter import concatenate, load_adapter
+    from hyperdp_lib.artefacts import CERTIFICATE_FILE, tensors_sha256
+    from hyperdp_lib.certificate import Certificate
+
+    class_names: tuple[str, ...] = ()
+    if (folder / CERTIFICATE_FILE).is_file():
+        try:
+            certificate = Certificate.from_json((folder / CERTIFICATE_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            _refuse(f"{CERTIFICATE_FILE} in {str(folder)!r} {error}; see hyperdp verify")
+        expected = certificate.base_model_sha256
+        if expected is not None and expected != tensors_sha256(base_model.state_dict()):
+            _refuse(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
+        class_names = certificate.class_names
+    if not class_names:
+        return load_adapter(folder, base_model), None
+    folders = [folder / "classes" / name for name in class_names]
+    return concatenate([load_adapter(path, base_model) for path in folders], class_names), class_names
 
 
 def _features_file(name_or_path: str) -> Path:

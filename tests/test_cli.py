@@ -130,6 +130,104 @@ def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
     refused("verify", tmp_path / "absent", expect="no such release")
 
 
+# ---- sample ----------------------------------------------------------------------------------------------
+
+
+def tiny_base(seed):
+    """A denoiser of the shipped one's kind, untrained."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "norm_num_groups": 1}
+    return DiTTransformer2DModel(
+        in_channels=1, sample_size=16, patch_size=4, num_embeds_ada_norm=1, **shape
+    ).eval()
+
+
+@pytest.fixture
+def releases(tmp_path, monkeypatch):
+    """A labelled and an unlabelled release for a tiny base model; a sampler whose images tell their adapter."""
+    from peft import LoraConfig
+
+    from hyperdp_lib.adapter import Adapter, lora_geometry, save_adapter
+    from hyperdp_lib.artefacts import tensors_sha256
+    from hyperdp_lib.certificate import gaussian_certificate, write_certificate
+    from hyperdp_lib.mechanism import GaussianSum
+
+    base_models = {"glyphs": tiny_base(0), "other": tiny_base(1)}
+    lora_config = LoraConfig(r=2, lora_alpha=2, target_modules=r".*attn1\.to_q")
+    base_model = base_models["glyphs"]
+    classes = ("zero", "one", "two")
+    adapter = Adapter.no_change(lora_config, lora_geometry(base_model, lora_config), names=classes)
+    for folder, names in (("labelled", classes), ("unlabelled", ())):
+        card = {"base_model_name_or_path": "base", "model_card": "-"}
+        (tmp_path / folder).mkdir()
+        for name in names:
+            save_adapter(adapter[name], tmp_path / folder / "classes" / name, **card)
+        if not names:
+            save_adapter(adapter["one"], tmp_path / folder, **card)
+        certificate = gaussian_certificate(
+            GaussianSum(dimension=4, noise_multiplier=4.0, num_rows=max(1, len(names))),
+            1e-5,
+            seeded=True,
+            base_model_sha256=tensors_sha256(base_model.state_dict()),
+            class_names=names,
+        )
+        write_certificate(certificate, tmp_path / folder)
+
+    def sample(base_model, adapter, num_images, *, generator, num_steps):
+        each = num_images // len(adapter)
+        assert num_images == each * len(adapter)
+        owner = torch.arange(len(adapter)).repeat_interleave(each)
+        levels = (owner + 0.2 + 0.6 * torch.rand(num_images, generator=generator)) / 10
+        return levels.view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+
+    monkeypatch.setitem(vars(hyperdp_lib), "diffusion", SimpleNamespace(sample=sample))
+    load = SimpleNamespace(load_pretrained=lambda name: (base_models[name], None))
+    monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", load)
+    return tmp_path
+
+
+def test_sample_shares_images_over_classes(releases, capsys):
+    out, grid = releases / "x.npz", releases / "x.png"
+    command = ["sample", str(releases / "labelled"), "--out", str(out), "--grid", str(grid), "--num-images"]
+    assert cli.main([*command, "8"]) == 0
+    assert capsys.readouterr().out == f"wrote 8 images to {out} and {grid}\n"
+    samples = data.load_images(out)
+    assert samples.class_names == ("zero", "one", "two")
+    assert samples.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    # the sampler's level says which adapter made an image
+    assert (samples.images.mean((1, 2, 3)) * 10).floor().tolist() == samples.labels.tolist()
+    assert grid.read_bytes()[:4] == b"\x89PNG"
+    first = out.read_bytes()
+    assert cli.main([*command, "8"]) == 2  # both files are there
+    capsys.readouterr()
+    assert cli.main([*command, "8", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 8
+    assert out.read_bytes() == first  # same seed, same bytes
+    assert cli.main([*command, "8", "--overwrite", "--seed", "1"]) == 0
+    assert out.read_bytes() != first
+
+
+def test_sample_without_classes_has_no_labels(releases):
+    out = releases / "x.npz"
+    assert cli.main(["sample", str(releases / "unlabelled"), "--out", str(out), "--num-images", "5"]) == 0
+    samples = data.load_images(out)
+    assert len(samples) == 5 and samples.labels is None
+
+
+def test_sample_refuses_another_base_model_and_tampering(releases, refused):
+    out = ["--out", releases / "x.npz"]
+    for name in ("labelled", "unlabelled"):
+        refused("sample", releases / name, *out, "--hypernetwork", "other", expect="for another base model")
+    refused("sample", releases, *out, expect="not a PEFT adapter folder")
+    certificate = releases / "labelled" / "certificate.json"
+    certificate.write_text(certificate.read_text().replace("zero", "ZERO"))
+    refused("sample", releases / "labelled", *out, expect="see hyperdp verify")
+    certificate.write_text("{")
+    refused("sample", releases / "labelled", *out, expect="see hyperdp verify")
+
+
 # ---- evaluate --------------------------------------------------------------------------------------------
 
 
@@ -175,7 +273,7 @@ def test_evaluate_refuses_too_few_images_and_unknown_features(feature_file, refu
     refused("evaluate", images, *known, expect="sample more")
 
 
-# ---- compare and train -------------------------------------------------------------------------------------
+# ---- compare and train -----------------------------------------------------------------------------------
 
 
 def test_compare_passes_its_options_on(monkeypatch, capsys, tmp_path):
