@@ -4,13 +4,20 @@ The modules, in the order in which to read them:
 
 ==================  =======================================================================
 `data`              images, named data sets, the one range contract
+`image_files`       image folders and `.npz` files, and what is wrong with them
 `glyphs`            the public tasks, rendered from fonts
 `embedding`         image -> vector of norm at most 1, one example at a time
 `mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
 `accounting`        (epsilon, delta) <-> noise multiplier
 `certificate`       what was released, and its independent check
+`verification`      the independent route by which `verify` recomputes a certificate
+`ledger`            everything that touched private data, added up
+`artefacts`         files written whole or not at all, with checksums
+`strict_json`       JSON without surprises
 `hypernetwork`      noisy sum -> LoRA adapter
-`adapter`           LoRA geometry, many adapters in one batch, PEFT folders
+`adapter`           many adapters in one batch, PEFT folders
+`lora_geometry`     which layers are adapted, with which shapes, read from PEFT
+`lora_products`     the batched LoRA products
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
@@ -33,11 +40,12 @@ Importing this package is cheap: each module is imported when it is first used.
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __all__ = [
     "accounting",
     "adapter",
+    "artefacts",
     "baselines",
     "certificate",
     "comparison",
@@ -48,16 +56,22 @@ __all__ = [
     "figures",
     "glyphs",
     "hypernetwork",
+    "image_files",
+    "ledger",
+    "lora_geometry",
+    "lora_products",
     "mechanism",
     "notebook",
     "records",
     "release",
     "report",
+    "strict_json",
     "training",
+    "verification",
 ]
 
 
-def __getattr__(name: str) -> ModuleType | str:
+def __getattr__(name: str) -> Any:
     """Import a module of the table of contents on first use (PEP 562)."""
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -35,6 +36,7 @@ METHOD_COLOURS = {
     "noisy_class_means": _PALETTE[1],
     "public_only": _PALETTE[7],
     "lora_non_private": (0.15, 0.15, 0.15),
+    "real": (0.55, 0.55, 0.55),
 }
 _MARKERS = "osD^vPX*<>hdp"
 
@@ -174,12 +176,12 @@ def scores_against_epsilon(
         axes.set_title(report.SCORE_LABELS.get(score, score), fontsize="small")
         if score == "accuracy":
             axes.set_ylim(0.0, 1.0)
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     for axes in panels[0]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     columns = min(4, max(1, len(handles)))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -28,8 +28,9 @@ METHOD_LABELS = {
     "adapter_mixture": "adapter mixture",
     "nearest_public": "nearest public data",
     "noisy_class_means": "nearest noisy class mean",
-    "public_only": "public only",
+    "public_only": "noise alone, no private data",
     "lora_non_private": "LoRA, not private",
+    "real": "real private images",
 }
 SCORE_LABELS = {
     "accuracy": "downstream accuracy (higher is better)",
