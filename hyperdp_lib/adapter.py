@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.lora_geometry import LoraGeometry, LoraModule, lora_geometry
-from hyperdp_lib.lora_products import conv2d_hook, linear_hook
+from hyperdp_lib.lora_products import attach
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -241,19 +241,17 @@ def apply_adapters(base_model: nn.Module, adapter: Adapter) -> Iterator[nn.Modul
         raise InputError(
             "Adapters are already applied to this model: leave that `with` first, or concatenate."
         )
-    handles = []
+    detach = []
     try:
         for layer, module in targets:
-            make_hook = linear_hook if module.kind == "linear" else conv2d_hook
-            hook = make_hook(module, *adapter.factors[module.name])
-            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            detach.append(attach(layer, module, *adapter.factors[module.name]))
             _layers_in_use.add(layer)
         yield base_model
     finally:
-        for handle in handles:
-            handle.remove()
-        for layer, _ in targets[: len(handles)]:
+        for layer, _ in targets[: len(detach)]:
             _layers_in_use.discard(layer)
+        for undo in detach:
+            undo()
 
 
 def _fits(module: LoraModule, layer: nn.Module) -> bool:

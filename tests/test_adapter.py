@@ -108,7 +108,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    return any(layer._forward_hooks or layer._forward_hooks_with_kwargs for layer in model.modules())
+    return any(
+        layer._forward_hooks or layer._forward_hooks_with_kwargs or "forward" in vars(layer)
+        for layer in model.modules()
+    )
 
 
 # ---------------------------------------------------------------- geometry
@@ -268,10 +271,19 @@ def test_batched_equals_loop(case: tuple) -> None:
     assert all(g is not None and g.any() for g in gradients[: 1 + 2 * len(geometry.modules)])
 
 
+class OwnLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
 layer_choices = st.one_of(
     st.builds(
-        lambda dims: ("linear", dims),
-        st.tuples(st.integers(1, 5), st.integers(1, 5), st.sampled_from([(), (3,), (2, 2)])),
+        lambda *options: ("linear", options),
+        st.integers(1, 5),  # in
+        st.integers(1, 5),  # out
+        st.sampled_from([(), (3,), (2, 2)]),  # between batch and in
+        st.booleans(),  # bias
+        st.booleans(),  # a subclass, which gets a hook and not the fused product
     ),
     st.builds(
         lambda *options: ("conv2d", options),
@@ -285,15 +297,16 @@ layer_choices = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(layer_choices, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_any_layer_any_share_any_rank(choice: tuple, t: int, m: int, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
     kind, options = choice
     layer: nn.Module
     if kind == "linear":
-        fan_in, fan_out, middle = options
-        layer, x = nn.Linear(fan_in, fan_out), torch.randn(t * m, *middle, fan_in)
+        fan_in, fan_out, middle, bias, subclass = options
+        layer = (OwnLinear if subclass else nn.Linear)(fan_in, fan_out, bias=bias)
+        x = torch.randn(t * m, *middle, fan_in)
     else:
         channels, kernel, stride, padding, groups, channels_last = options
         stride = 1 if padding == "same" else stride
