@@ -272,19 +272,26 @@ def evaluate(
     private_test_images: Tensor,
     private_test_labels: Tensor | None,
     feature_network: FeatureNetwork,
+    *,
+    private_reference_images: Tensor | None = None,
+    private_reference_labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """All scores of one set of samples, ready for a record.
 
-    The reference of Fréchet distance, precision and recall are the private training images.  ``accuracy`` is
-    ``None`` without labels; the per-class Fréchet distance (mean over classes) is ``None`` where a class has
-    too few images on either side.
+    The reference of Fréchet distance, precision and recall are the private training images, or
+    ``private_reference_images`` (say, the whole set of which a few were used).  Memorisation is always of the
+    training images.  ``accuracy`` is ``None`` without labels; the per-class Fréchet distance (mean over
+    classes) is ``None`` where a class has too few images on either side.
     """
+    if private_reference_images is None:
+        private_reference_images, private_reference_labels = private_train_images, private_train_labels
     ours = features(feature_network, samples)
     train = features(feature_network, private_train_images)
     test = features(feature_network, private_test_images)
-    precision, recall = precision_recall(ours, train)
+    reference = features(feature_network, private_reference_images)
+    precision, recall = precision_recall(ours, reference)
     scores: dict[str, Any] = {
-        "frechet_distance": frechet_distance(ours, train),
+        "frechet_distance": frechet_distance(ours, reference),
         "frechet_distance_per_class": None,
         "features": feature_network.name,
         "precision": precision,
@@ -292,12 +299,13 @@ def evaluate(
         "accuracy": None,
         "memorisation": memorisation(ours, train, test),
         "num_images": len(samples),
-        "num_reference": len(private_train_images),
+        "num_reference": len(private_reference_images),
         "label": NOT_DP,
     }
-    if labels is not None and private_train_labels is not None and private_test_labels is not None:
+    if labels is not None and private_test_labels is not None:
         scores["accuracy"] = downstream_accuracy(samples, labels, private_test_images, private_test_labels)
-        per_class = _frechet_per_class(ours, labels, train, private_train_labels)
+    if labels is not None and private_reference_labels is not None:
+        per_class = _frechet_per_class(ours, labels, reference, private_reference_labels)
         if per_class is not None:
             scores["frechet_distance_per_class"] = float(np.mean(list(per_class.values())))
     return scores

@@ -1,0 +1,272 @@
+"""The grid methods x budgets x seeds: one cell, one record; run again to resume.
+
+Every cell sees the same private images, the same base model, the same budget and relation, and is scored by
+the same code.  All methods but DP-SGD read one and the same noisy sum, so that they differ in what they do
+with it and not in their luck.
+
+Hyper-parameters are never tuned on private images: `tune` tries them on public tasks *dressed as private
+ones* (as many classes, images and noise), the same number of trials for each method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hyperdp_lib import data, evaluation, records
+from hyperdp_lib.baselines import controls
+from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for
+from hyperdp_lib.data import ImageSet, InputError
+from hyperdp_lib.records import Record
+
+WEIGHTS = Path(__file__).parent / "weights"
+SETTINGS_FILE = "comparison.json"
+
+
+def compare(
+    private: str | Path | tuple[ImageSet, ImageSet],
+    *,
+    methods: Iterable[str] = ("all",),
+    epsilons: Iterable[float] = (1.0,),
+    seeds: Iterable[int] = range(3),
+    out: str | Path,
+    num_private: int | None = None,
+    delta: float = 1e-5,
+    neighboring_relation: str = "add_or_remove_one",
+    hypernetwork: str | Path | tuple[nn.Module, Any] = "glyphs",
+    feature_network: evaluation.FeatureNetwork | None = None,
+    tasks: controls.PublicTasks | None = None,
+    settings: Settings | None = None,
+    pair: str | None = None,
+    device: str = "cpu",
+    command: str | None = None,
+) -> list[Path]:
+    """Run the missing cells of a grid and write a record for each.
+
+    Parameters
+    ----------
+    private : str, path or (train, test)
+        ``"digits"`` (its fixed public split), a folder or ``.npz`` (a fifth is held out, evenly by class), or
+        two image sets.
+    methods : iterable of str
+        Names from `METHODS`, or ``"all"``.
+    epsilons : iterable of float
+        Budgets, > 0.  Controls without a budget, and no noise (recorded as ``null``), are added by
+        themselves.
+    seeds : iterable of int
+        Of subset, noise and sampling.  The noise is reproducible, so these are demonstrations, not releases.
+    out : path
+        Folder of records.  A cell whose record is there is skipped; records made with other weights, delta
+        or relation are an error.
+    num_private : int, optional
+        Private training images to use, evenly by class; default all.  This number is treated as declared.
+    hypernetwork : str, path or (base model, hypernetwork)
+        Pretrained name or folder.
+    settings : Settings, optional
+        Default: those that ship with the hypernetwork, else `Settings()`.
+
+    Returns
+    -------
+    list of Path
+        One per cell, in the order of the grid.
+    """
+    chosen = _method_names(methods)
+    budgets = tuple(float(epsilon) for epsilon in epsilons)
+    if any(not (0 < epsilon < math.inf) for epsilon in budgets):
+        raise InputError(f"every epsilon must be positive and finite, got {budgets}.")
+    base_model, network, features, found = load_models(hypernetwork, feature_network, device)
+    train, test, name = _private_sets(private, base_model)
+    pair = pair or (f"glyphs-{name}" if hypernetwork == "glyphs" else name)
+    size = len(train) if num_private is None else num_private
+    fixed = {
+        "weights_sha256": _weights_hash(base_model, network),
+        "noise": "seeded demonstration - NOT PRIVATE",
+    }
+    needed = 2 * features.dimension  # for a Fréchet distance; better said now than after the first training
+    if len(train) < needed or (settings or found).num_images < needed:
+        raise InputError(
+            f"scores in {features.dimension} features need {needed} training images and as many samples: "
+            f"there are {len(train)} and {(settings or found).num_images}."
+        )
+    if not 1 <= size <= len(train):
+        raise InputError(f"num_private must lie in 1 .. {len(train)}, got {size}.")
+    cells = [
+        (method, epsilon, seed)
+        for seed in seeds
+        for method in chosen
+        for epsilon in (*(budgets if METHODS[method].private else ()), *METHODS[method].also)
+    ]
+    bench = Bench(
+        base_model=base_model,
+        hypernetwork=network,
+        feature_network=features,
+        bank=bank_source(tasks, network, settings or found),
+        private_train=train,
+        private_test=test,
+        private_reference=train,
+        settings=settings or found,
+        delta=delta,
+        neighboring_relation=neighboring_relation,
+        device=device,
+    )
+    paths: list[Path] = []
+    with tqdm(cells, desc="compare", unit="cell", disable=None) as bar:
+        for method, epsilon, seed in bar:
+            bar.set_postfix_str(f"{method} eps {epsilon:g} seed {seed}")
+            path = Path(out) / f"{records.cell_name(pair, method, epsilon, size, seed)}.json"
+            paths.append(path)
+            if path.exists():
+                _require_same(path, fixed, bench)
+                continue
+            started = datetime.now(UTC)
+            own = dataclasses.replace(bench, private_train=subset(train, size, seed))
+            outcome = METHODS[method].run(own, epsilon, seed)
+            Record(
+                pair=pair,
+                method=method,
+                epsilon=epsilon,
+                delta=delta,
+                neighboring_relation=neighboring_relation,
+                num_private=size,
+                seed=seed,
+                scores=own.score(outcome),
+                seconds={name: round(value, 3) for name, value in outcome.seconds.items()},
+                trained_parameters=outcome.trained_parameters,
+                noise_dimension=outcome.noise_dimension,
+                num_releases=outcome.num_releases,
+                settings={**fixed, "sampling_steps": bench.settings.sampling_steps, **outcome.settings},
+                provenance=records.provenance(command, device, started),
+            ).save(out)
+    return paths
+
+
+def subset(private: ImageSet, size: int, seed: int) -> ImageSet:
+    """``size`` images chosen at random, evenly by class (sizes differ by one at most).
+
+    Examples
+    --------
+    >>> ten = ImageSet(torch.zeros(10, 1, 16, 16), torch.arange(10) % 2, ("a", "b"))
+    >>> torch.bincount(subset(ten, 6, seed=0).labels).tolist()
+    [3, 3]
+    """
+    if not 1 <= size <= len(private):
+        raise InputError(f"num_private must lie in 1 .. {len(private)}, got {size}.")
+    if size == len(private):
+        return private
+    return _take(private, _even_order(private, seed)[:size])
+
+
+def _method_names(methods: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(methods)
+    if "all" in names:
+        return tuple(METHODS)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise InputError(f"unknown method {', '.join(unknown)!r}: choose all, or from {', '.join(METHODS)}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _private_sets(
+    private: str | Path | tuple[ImageSet, ImageSet], base_model: Any
+) -> tuple[ImageSet, ImageSet, str]:
+    """Training set, test set and name."""
+    if isinstance(private, tuple):
+        return (*private, "private")
+    side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
+    if str(private) == "digits":
+        return data.digits("train", side), data.digits("test", side), "digits"
+    whole = data.load_named_or_path(private, side, channels)
+    if len(whole) < 5:
+        raise InputError("a comparison holds a fifth of the images out for tests: give five or more.")
+    kept = _even_order(whole, seed=0)
+    fifth = len(whole) // 5
+    return _take(whole, kept[fifth:]), _take(whole, kept[:fifth]), Path(private).stem
+
+
+def _even_order(images: ImageSet, seed: int) -> Tensor:
+    """A random order in which every class gives its first image, then every class its second, ..."""
+    order = torch.randperm(len(images), generator=generator_for(seed))
+    if images.labels is None:
+        return order
+    turns = torch.zeros(len(images), dtype=torch.long)
+    for label in torch.unique(images.labels):
+        mine = images.labels[order] == label
+        turns[mine] = torch.arange(int(mine.sum()))
+    return order[turns.argsort(stable=True)]
+
+
+def _take(images: ImageSet, indices: Tensor) -> ImageSet:
+    chosen = indices.sort().values
+    labels = None if images.labels is None else images.labels[chosen]
+    return ImageSet(images.images[chosen], labels, images.class_names)
+
+
+def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[Any, Any, Any, Settings]:
+    """Base model, hypernetwork, feature network, and the settings that ship with them."""
+    from hyperdp_lib import hypernetwork as hypernetworks
+
+    found = Settings()
+    if isinstance(hypernetwork, tuple):
+        base_model, network = hypernetwork
+        if feature_network is None:
+            feature_network = evaluation.FeatureNetwork.from_pretrained(
+                WEIGHTS / "glyphs" / "features.safetensors"
+            )
+    else:
+        base_model, network = hypernetworks.load_pretrained(hypernetwork)
+        folder = WEIGHTS / hypernetwork if (WEIGHTS / hypernetwork).is_dir() else Path(hypernetwork)
+        if feature_network is None:
+            feature_network = evaluation.FeatureNetwork.from_pretrained(folder / "features.safetensors")
+        if (folder / SETTINGS_FILE).is_file():
+            found = Settings.from_json((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    return base_model.to(device), network.to(device), feature_network.to(device), found
+
+
+def bank_source(tasks: Any, network: Any, settings: Settings) -> Callable[[], controls.PublicBank]:
+    """Makes the bank at its first call; by default from the glyph tasks that train the hypernetwork."""
+
+    @functools.cache
+    def bank() -> controls.PublicBank:
+        source = tasks
+        if source is None:
+            from hyperdp_lib.glyphs import GlyphTasks
+
+            source = GlyphTasks()
+        return controls.PublicBank.build(
+            source,
+            network.encoder,
+            num_tasks=settings.bank_tasks,
+            images_per_task=settings.bank_images,
+            progress=True,
+        )
+
+    return bank
+
+
+def _require_same(path: Path, fixed: Mapping[str, Any], bench: Bench) -> None:
+    """A record that is kept must be of the same comparison."""
+    record = Record.from_json(path.read_text(encoding="utf-8"))
+    same = {name: record.settings.get(name) for name in fixed} == dict(fixed)
+    if not same or (record.delta, record.neighboring_relation) != (bench.delta, bench.neighboring_relation):
+        raise InputError(
+            f"{path.name} was made with other weights, delta or neighbouring relation: "
+            "choose another --out, or delete the old records."
+        )
+
+
+def _weights_hash(*modules: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

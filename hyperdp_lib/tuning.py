@@ -1,0 +1,258 @@
+"""Hyper-parameters found on public tasks dressed as private ones, by the same rules for every method.
+
+A *dressed* set takes as many public tasks as there are private classes, with as many images in each, and is
+put through the real method at the real budget: no private image is looked at, so tuning costs no privacy.
+Candidates are compared by successive halving (Jamieson & Talwalkar 2016): all on a few dressed sets, the
+better part on more. The number of steps, hence the noise, is never cut short in the early rounds; fewer sets
+are.
+
+`python -m hyperdp_lib.tuning --out FOLDER` tunes all methods and writes ``FOLDER/comparison.json``, which
+`hyperdp_lib.comparison.compare` reads when it lies beside the weights; each trial is kept in
+``FOLDER/trials``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hyperdp_lib import comparison, records
+from hyperdp_lib.baselines import controls, dp_lora
+from hyperdp_lib.baselines.dp_lora import DPLoraConfig
+from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, plain_config
+from hyperdp_lib.data import ImageSet, InputError
+
+
+def dressed_as_private(
+    tasks: controls.PublicTasks, *, num_classes: int, per_class: int, per_class_test: int, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """A public stand-in for a private data set: one task for each class, in training and test images."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = tasks.sample_tasks(num_classes, per_class + per_class_test, generator=generator).cpu().float()
+    names = tuple(f"class_{index}" for index in range(num_classes))
+
+    def part(images: torch.Tensor) -> ImageSet:
+        labels = torch.arange(num_classes).repeat_interleave(images.shape[1])
+        return ImageSet(images.flatten(0, 1).contiguous(), labels, names)
+
+    return part(drawn[:, :per_class]), part(drawn[:, per_class:])
+
+
+def dp_lora_candidates(count: int, *, batch: float, seed: int = 0) -> list[DPLoraConfig]:
+    """Random draws from the ranges in which DP-SGD LoRA was found to work, the default configuration first.
+
+    ``batch`` is the largest expected batch size worth trying (images of one class); full batches are always
+    in.
+    """
+    rng = np.random.default_rng(seed)
+    found = [DPLoraConfig()]
+    while len(found) < count:
+        mode = rng.choice(["per_class", "shared"])
+        found.append(
+            DPLoraConfig(
+                mode=str(mode),
+                r=int(rng.choice([1, 2, 4, 8])),
+                lora_alpha=4.0,
+                target_modules=str(rng.choice([dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS])),
+                learning_rate=float(rng.choice([1e-3, 3e-3, 1e-2, 3e-2])),
+                clip_norm=float(rng.choice([1e-3, 1e-2, 1e-1])),
+                num_steps=int(rng.choice([5, 10, 20, 40, 80])),
+                expected_batch_size=float(rng.choice([math.inf, math.inf, batch / 4])),
+                noise_draws=int(rng.choice([1, 2, 4])),
+            )
+        )
+    return found
+
+
+def candidates_for(method: str, start: Settings, count: int, epsilon: float, batch: float) -> list[Settings]:
+    """``count`` settings to try for a method, what is in use first.
+
+    Ours and retrieval have one knob each (denoising steps; data sets retrieved), so fewer than ``count`` may
+    come.
+    """
+    if method == "dp_lora":
+        return [
+            dataclasses.replace(start, dp_lora={epsilon: c}) for c in dp_lora_candidates(count, batch=batch)
+        ]
+    if method == "lora_non_private":
+        grid = [(r, lr, steps) for steps in (150, 300) for lr in (5e-3, 2e-3, 1e-2) for r in (8, 4, 16)]
+        made = [
+            dataclasses.replace(
+                start.lora_non_private, r=r, lora_alpha=float(r), learning_rate=lr, num_steps=steps
+            )
+            for r, lr, steps in grid
+        ]
+        return [dataclasses.replace(start, lora_non_private=config) for config in made[:count]]
+    if method == "nearest_public":
+        return [
+            dataclasses.replace(start, num_nearest=m)
+            for m in (20, 5, 60, 1, 10, 40, 3, 100, 2, 7, 30, 80)[:count]
+        ]
+    if method == "dp_deepsets":
+        steps = (20, 10, 40, 15, 30, 60, 5, 80, 25, 50, 8, 100)
+        return [dataclasses.replace(start, sampling_steps=n) for n in steps[:count]]
+    raise InputError(f"{method!r} has nothing to tune.")
+
+
+def tune(
+    method: str,
+    candidates: Sequence[Settings],
+    bench: Bench,
+    tasks: controls.PublicTasks,
+    *,
+    epsilon: float,
+    num_private: int,
+    num_classes: int,
+    out: str | Path,
+    rounds: Sequence[int] = (1, 2, 4),
+    keep: float = 1 / 3,
+    score: str = "frechet_distance",
+    seed: int = 10_000,
+) -> Settings:
+    """The candidate with the lowest mean score (for ``accuracy`` the highest) on public stand-ins.
+
+    Parameters
+    ----------
+    candidates : sequence of Settings
+        What to compare.  The first wins ties.
+    bench : Bench
+        Models and budget; its image sets are replaced by dressed ones.
+    tasks : PublicTasks
+        Must not be those of the retrieval bank, or retrieval finds the very task: use the held-out split.
+    num_private, num_classes
+        Of the private data this is a rehearsal for; ``num_private`` is a declared, public number.
+    out : path
+        Folder of trial records; trials found there are not run again.
+    rounds : sequence of int
+        Dressed sets that each remaining candidate has met by the end of a round.
+    keep : float
+        Share of the candidates that goes on to the next round (at least one).
+    """
+    remaining = list(range(len(candidates)))
+    if not remaining:
+        raise InputError("there is nothing to compare: give one candidate or more.")
+    sign = -1.0 if score in ("accuracy", "precision", "recall") else 1.0
+    results: dict[int, list[float]] = {index: [] for index in remaining}
+    for number, sets in enumerate(rounds):
+        for index in tqdm(remaining, desc=f"tune {method}, round {number + 1}", disable=None):
+            for number_of_set in range(len(results[index]), sets):
+                path = Path(out) / f"{method}_eps{epsilon:g}_candidate{index}_set{number_of_set}.json"
+                trial = _trial(method, candidates[index], bench, tasks, epsilon, num_private, num_classes,
+                               seed + number_of_set, path)  # fmt: skip
+                results[index].append(sign * trial["scores"][score])
+        remaining.sort(key=lambda index: float(np.mean(results[index])))
+        if number < len(rounds) - 1:
+            remaining = remaining[: max(1, round(keep * len(remaining)))]
+    return candidates[remaining[0]]
+
+
+def _trial(
+    method: str,
+    settings: Settings,
+    bench: Bench,
+    tasks: controls.PublicTasks,
+    epsilon: float,
+    num_private: int,
+    num_classes: int,
+    seed: int,
+    path: Path,
+) -> dict[str, Any]:
+    """One candidate on one dressed set; read from its record if there is one of the same settings."""
+    asked = {
+        "method": method,
+        "epsilon": None if math.isinf(epsilon) else epsilon,
+        "num_private": num_private,
+        "num_classes": num_classes,
+        "seed": seed,
+        "settings": json.loads(settings.to_json()),
+    }
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {key: found.get(key) for key in asked} == asked:
+            return found
+    per_class = max(1, num_private // num_classes)
+    # a reference for the Fréchet distance needs two images for each feature, in all
+    enough = math.ceil(2 * bench.feature_network.dimension / num_classes)
+    train, test = dressed_as_private(
+        tasks,
+        num_classes=num_classes,
+        per_class=per_class,
+        per_class_test=max(enough, per_class // 4),
+        seed=seed,
+    )
+    reference = train if per_class >= enough else test
+    own = dataclasses.replace(
+        bench, private_train=train, private_test=test, private_reference=reference, settings=settings
+    )
+    started = time.perf_counter()
+    outcome = METHODS[method].run(own, epsilon, seed)
+    trial = {**asked, "scores": own.score(outcome), "seconds": round(time.perf_counter() - started, 2)}
+    records.write_atomically(path, json.dumps(trial, indent=1) + "\n")
+    return trial
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tune every method of the comparison for the embedded default."""
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.tuning", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and the trials")
+    parser.add_argument("--hypernetwork", default="glyphs", help="default: glyphs")
+    parser.add_argument(
+        "--epsilon", type=float, nargs="+", default=[1.0], help="budgets for DP-SGD; default: 1"
+    )
+    parser.add_argument("--num-private", type=int, default=1440, help="declared size; default: 1440")
+    parser.add_argument("--num-classes", type=int, default=10, help="default: 10")
+    parser.add_argument("--trials", type=int, default=12, help="candidates for each method; default: 12")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[1, 2, 4], help="sets by the end of each round"
+    )
+    parser.add_argument("--num-images", type=int, default=1000, help="samples for each trial; default: 1000")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    from hyperdp_lib.glyphs import GlyphTasks
+
+    tasks = GlyphTasks(split="held_out")
+    base_model, network, features, start = comparison.load_models(options.hypernetwork, None, options.device)
+    shown = start.num_images
+    start = dataclasses.replace(start, num_images=options.num_images)
+    nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
+    bench = Bench(base_model, network, features, comparison.bank_source(None, network, start), nothing,
+    nothing,
+                  nothing, start, device=options.device)  # fmt: skip
+    rehearsal: dict[str, Any] = dict(
+        num_private=options.num_private,
+        num_classes=options.num_classes,
+        rounds=options.rounds,
+        out=options.out / "trials",
+    )
+    batch = options.num_private / options.num_classes
+
+    def best(method: str, epsilon: float) -> Settings:
+        chosen = candidates_for(method, start, options.trials, epsilon, batch)
+        return tune(method, chosen, bench, tasks, epsilon=epsilon, **rehearsal)
+
+    first = options.epsilon[0]
+    tuned = dataclasses.replace(
+        start,
+        num_images=shown,
+        sampling_steps=best("dp_deepsets", first).sampling_steps,
+        num_nearest=best("nearest_public", first).num_nearest,
+        lora_non_private=best("lora_non_private", math.inf).lora_non_private,
+        dp_lora={epsilon: best("dp_lora", epsilon).dp_lora[epsilon] for epsilon in options.epsilon},
+    )
+    records.write_atomically(options.out / comparison.SETTINGS_FILE, tuned.to_json())
+    print(json.dumps({f"{eps:g}": plain_config(config) for eps, config in tuned.dp_lora.items()}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,293 @@
+"""The grid: one record a cell, resumable, one noisy sum for all, nothing tuned on private images."""
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from hyperdp_lib import comparison, embedding, evaluation, records, tuning
+from hyperdp_lib.adapter import Adapter, lora_geometry
+from hyperdp_lib.baselines import controls, methods
+from hyperdp_lib.baselines.dp_lora import DPLoraConfig
+from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
+from hyperdp_lib.data import ImageSet, InputError, save_npz
+
+QUICK = DPLoraConfig(r=1, num_steps=2)
+SETTINGS = Settings(
+    num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=6, bank_images=8,
+    dp_lora={1.0: QUICK}, lora_non_private=QUICK,
+)  # fmt: skip
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.projection = nn.Parameter(torch.randn(256, 7, generator=generator), requires_grad=False)
+
+    def forward(self, images):
+        rest = nn.functional.normalize(images.flatten(1) @ self.projection, dim=1)
+        constant = torch.full((len(images), 1), embedding.COUNT_COORDINATE)
+        return torch.cat([constant, rest * math.sqrt(1 - embedding.COUNT_COORDINATE**2)], 1)
+
+
+class Hypernetwork(nn.Module):
+    """Writes the noisy mean into the B factors."""
+
+    def __init__(self, base_model):
+        super().__init__()
+        self.encoder = Encoder()
+        self.lora_config = LoraConfig(r=1, lora_alpha=1, target_modules=r".*attn1\.to_q")
+        self.geometry = lora_geometry(base_model, self.lora_config)
+
+    def forward(self, noisy_sum, noise_std):
+        names = tuple(f"adapter_{i}" for i in range(len(noisy_sum)))
+        adapter = Adapter.no_change(
+            self.lora_config, self.geometry, names=names, generator=torch.Generator().manual_seed(0)
+        )
+        for _, b in adapter.factors.values():
+            b += controls.noisy_means(noisy_sum)[:, 1].view(-1, 1, 1)
+        return adapter
+
+
+class Tasks:
+    def sample_tasks(self, num_tasks, images_per_task, generator):
+        patterns = torch.randn(num_tasks, 1, 1, 16, 16, generator=generator)
+        noise = 0.3 * torch.randn(num_tasks, images_per_task, 1, 16, 16, generator=generator)
+        return (patterns + noise).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    base = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=1, num_layers=1, sample_size=16,
+        patch_size=4, num_embeds_ada_norm=1,
+    ).eval()  # fmt: skip
+    return base, Hypernetwork(base), evaluation.FeatureNetwork(dimension=8).eval()
+
+
+@pytest.fixture(scope="module")
+def private():
+    return tuning.dressed_as_private(Tasks(), num_classes=2, per_class=20, per_class_test=10, seed=5)
+
+
+def run(models, private, out, **changes):
+    base, network, features = models
+    arguments = dict(
+        methods=["all"], epsilons=[1.0], seeds=[0], hypernetwork=(base, network), feature_network=features,
+        tasks=Tasks(), settings=SETTINGS, pair="glyphs-digits", out=out, command="hyperdp compare",
+    )  # fmt: skip
+    return comparison.compare(private, **{**arguments, **changes})
+
+
+def bench_of(models, private, **changes):
+    base, network, features = models
+    return Bench(
+        base, network, features, comparison.bank_source(Tasks(), network, SETTINGS), *private, private[0],
+        **{"settings": SETTINGS, **changes},
+    )  # fmt: skip
+
+
+def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_path):
+    paths = run(models, private, tmp_path)
+    assert len(paths) == len(set(paths)) == 10 and all(path.is_file() for path in paths)
+    made = {(r.method, r.epsilon): r for r in records.read_records(tmp_path)}
+    assert set(made) == {
+        ("dp_deepsets", 1.0), ("dp_deepsets", None), ("dp_lora", 1.0), ("nearest_public", 1.0),
+        ("nearest_public", None), ("noisy_class_means", 1.0), ("noisy_class_means", None),
+        ("public_only", 0.0),
+        ("lora_non_private", None), ("real", None),
+    }  # fmt: skip
+    for (method, _), record in made.items():
+        assert record.scores["label"] == "research metric, not DP"
+        assert "NOT PRIVATE" in record.settings["noise"]
+        assert record.num_private == 40 and record.provenance["command"] == "hyperdp compare"
+        assert 0 <= record.scores["accuracy"] <= 1
+        if method != "noisy_class_means":
+            assert record.scores["frechet_distance"] >= 0 and record.scores["features"] == "glyphnet"
+    ours, rival = made["dp_deepsets", 1.0], made["dp_lora", 1.0]
+    assert (ours.num_releases, ours.noise_dimension, ours.trained_parameters) == (1, 16, 0)
+    assert rival.num_releases == 2 and rival.trained_parameters == 2 * rival.noise_dimension
+    assert made["public_only", 0.0].num_releases == 0
+    assert made["real", None].scores["accuracy"] == 1.0
+    assert len(records.load_records(tmp_path)) == 10
+
+
+def test_interrupted_grid_resumes_and_repeats_nothing(models, private, tmp_path, monkeypatch):
+    asked = dict(methods=["dp_deepsets", "nearest_public"], seeds=[0, 1])
+    calls = []
+    original = METHODS["dp_deepsets"].run
+
+    def interrupted(bench, epsilon, seed):
+        calls.append((epsilon, seed))
+        if seed == 1 and len(calls) < 4:
+            raise KeyboardInterrupt
+        return original(bench, epsilon, seed)
+
+    replaced = {**METHODS, "dp_deepsets": dataclasses.replace(METHODS["dp_deepsets"], run=interrupted)}
+    monkeypatch.setattr(comparison, "METHODS", replaced)
+    with pytest.raises(KeyboardInterrupt):
+        run(models, private, tmp_path, **asked)
+    before = {path: (tmp_path / path).stat().st_mtime_ns for path in os.listdir(tmp_path)}
+    assert len(before) == 4 and all(name.endswith(".json") for name in before)
+    run(models, private, tmp_path, **asked)
+    after = {path: (tmp_path / path).stat().st_mtime_ns for path in os.listdir(tmp_path)}
+    assert len(after) == 8 and {name: after[name] for name in before} == before
+    assert calls == [(1.0, 0), (math.inf, 0), (1.0, 1), (1.0, 1), (math.inf, 1)]
+
+
+def test_a_cell_is_reproducible(models, private, tmp_path):
+    asked = dict(methods=["dp_deepsets", "dp_lora", "nearest_public", "public_only"])
+    for folder in ("first", "second"):
+        run(models, private, tmp_path / folder, **asked)
+    first, second = (
+        {r.name(): r.scores for r in records.read_records(tmp_path / folder)}
+        for folder in ("first", "second")
+    )
+    assert first == second and len(first) == 6
+
+
+def test_methods_share_one_noisy_sum(models, private, monkeypatch):
+    bench = bench_of(models, private)
+    seen = []
+    original = controls.noisy_class_sums
+    monkeypatch.setattr(
+        controls, "noisy_class_sums", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
+    )
+    for name in ("dp_deepsets", "nearest_public", "noisy_class_means"):
+        METHODS[name].run(bench, 1.0, 3)
+    assert len(seen) == 3
+    for noisy_sum, std in seen[1:]:
+        np.testing.assert_array_equal(noisy_sum, seen[0][0])
+        assert std == seen[0][1]
+    METHODS["dp_deepsets"].run(bench, 1.0, 4)
+    assert not np.array_equal(seen[-1][0], seen[0][0])
+
+
+def test_the_epsilon_zero_control_reads_no_private_image(models, private):
+    other = dataclasses.replace(private[0], images=-private[0].images)
+    first, second = (METHODS["public_only"].run(bench_of(models, (train, private[1])), 0.0, 1)
+                     for train in (private[0], other))  # fmt: skip
+    assert torch.equal(first.images, second.images)
+
+
+def test_records_of_another_comparison_are_not_mixed_in(models, private, tmp_path):
+    run(models, private, tmp_path, methods=["real"])
+    with pytest.raises(InputError, match="other weights, delta"):
+        run(models, private, tmp_path, methods=["real"], delta=1e-6)
+
+
+def test_subset_is_even_and_fixed_by_its_seed(private):
+    chosen = comparison.subset(private[0], 11, seed=2)
+    assert sorted(torch.bincount(chosen.labels).tolist()) == [5, 6]
+    assert torch.equal(chosen.images, comparison.subset(private[0], 11, seed=2).images)
+    assert not torch.equal(chosen.images, comparison.subset(private[0], 11, seed=3).images)
+    assert comparison.subset(private[0], 40, seed=2) is private[0]
+    with pytest.raises(InputError, match="1 .. 40"):
+        comparison.subset(private[0], 41, seed=0)
+
+
+def test_a_few_private_images_are_scored_against_all(models, private, tmp_path):
+    (path,) = run(models, private, tmp_path, methods=["public_only"], num_private=10)
+    record = records.Record.from_json(path.read_text())
+    assert record.num_private == 10 and record.scores["num_reference"] == 40
+
+
+def test_files_are_split_into_training_and_test(models, private, tmp_path):
+    save_npz(tmp_path / "mine.npz", private[0])
+    (path,) = run(models, tmp_path / "mine.npz", tmp_path / "out", methods=["real"], pair=None)
+    record = records.Record.from_json(path.read_text())
+    assert record.pair == "mine" and record.num_private == 32
+    # eight held-out images are too few for a Fréchet distance in eight features: accuracy only
+    assert record.scores["frechet_distance"] is None and record.scores["accuracy"] == 1.0
+
+
+def test_unlabelled_images(models, private, tmp_path):
+    unlabelled = tuple(ImageSet(part.images, None, None) for part in private)
+    names = ["dp_deepsets", "dp_lora", "nearest_public", "public_only", "real"]
+    paths = run(models, unlabelled, tmp_path, methods=names)
+    assert all(json.loads(path.read_text())["scores"]["accuracy"] is None for path in paths)
+    with pytest.raises(InputError, match="no labels"):
+        run(models, unlabelled, tmp_path, methods=["noisy_class_means"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"methods": []}, "unknown method"),
+        ({"epsilons": [0.0]}, "positive and finite"),
+        ({"epsilons": [math.nan]}, "positive and finite"),
+        ({"num_private": 0, "methods": ["public_only"]}, "1 .. 40"),
+        ({"settings": dataclasses.replace(SETTINGS, num_images=10)}, "need 16 training images"),
+    ],
+)
+def test_bad_input_is_one_helpful_line_and_writes_nothing(models, private, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(models, private, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_round_trip_and_pick_the_nearest_budget():
+    settings = dataclasses.replace(
+        SETTINGS, dp_lora={0.5: QUICK, 8.0: DPLoraConfig(mode="shared", expected_batch_size=16)}
+    )
+    assert Settings.from_json(settings.to_json()) == settings
+    assert settings.dp_lora_for(1.0).mode == "per_class" and settings.dp_lora_for(4.0).mode == "shared"
+    with pytest.raises(InputError, match="not comparison settings"):
+        Settings.from_json("{}")
+
+
+def test_dressed_sets_are_public_stand_ins():
+    train, test = tuning.dressed_as_private(Tasks(), num_classes=3, per_class=5, per_class_test=2, seed=1)
+    assert len(train) == 15 and len(test) == 6 and train.class_names == ("class_0", "class_1", "class_2")
+    assert torch.bincount(train.labels).tolist() == [5, 5, 5]
+    again, _ = tuning.dressed_as_private(Tasks(), num_classes=3, per_class=5, per_class_test=2, seed=1)
+    assert torch.equal(train.images, again.images)
+
+
+def test_tuning_picks_the_best_keeps_its_trials_and_never_sees_private_images(models, tmp_path, monkeypatch):
+    secret = ImageSet(torch.full((4, 1, 16, 16), 0.123), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    bench = bench_of(models, (secret, secret))
+    runs = []
+
+    def quality(own, epsilon, seed):
+        assert (
+            not (own.private_train.images == 0.123).any() and own.private_train.labels.unique().numel() == 2
+        )
+        runs.append((own.settings.num_nearest, seed))
+        return methods.Outcome(
+            None, None, {}, scores={"frechet_distance": abs(own.settings.num_nearest - 5.2)}
+        )
+
+    monkeypatch.setitem(methods.METHODS, "nearest_public", methods.Method(quality))
+    candidates = tuning.candidates_for("nearest_public", SETTINGS, 6, 1.0, 20)
+    asked = dict(epsilon=1.0, num_private=40, num_classes=2, out=tmp_path, rounds=(1, 3), seed=0)
+    best = tuning.tune("nearest_public", candidates, bench, Tasks(), **asked)
+    assert best.num_nearest == 5
+    assert len(runs) == 6 + 2 * 2  # six on one set, the best two on two more
+    assert len(os.listdir(tmp_path)) == len(runs)
+    assert tuning.tune("nearest_public", candidates, bench, Tasks(), **asked) == best
+    assert len(runs) == 10  # trials on record are not run again
+    candidates[0] = dataclasses.replace(candidates[0], bank_tasks=5)
+    tuning.tune("nearest_public", candidates, bench, Tasks(), **asked)
+    assert len(runs) == 11  # unless their settings changed
+
+
+@pytest.mark.parametrize("method", ["dp_lora", "lora_non_private", "nearest_public", "dp_deepsets"])
+def test_every_method_has_candidates_that_differ_and_start_with_the_present_choice(method):
+    start = Settings()
+    candidates = tuning.candidates_for(method, start, 12, 1.0, 144)
+    texts = [candidate.to_json() for candidate in candidates]
+    assert len(set(texts)) == len(texts) >= 12 - 1
+    assert texts[0] == start.to_json()
+    with pytest.raises(InputError, match="nothing to tune"):
+        tuning.candidates_for("real", start, 3, 1.0, 144)
