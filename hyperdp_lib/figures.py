@@ -157,7 +157,7 @@ def scores_against_epsilon(
             mine = means[means["method"] == method].sort_values("epsilon")
             if mine.empty:
                 continue
-            shift = 0.06 * (index - (len(methods) - 1) / 2)  # so that error bars do not hide each other
+            shift = 0.04 * (index - (len(methods) - 1) / 2)  # so that error bars do not hide each other
             axes.errorbar(
                 [position[epsilon] + shift for epsilon in mine["epsilon"]],
                 mine["mean"],

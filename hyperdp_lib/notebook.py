@@ -8,11 +8,16 @@ more, right after its `parameters` cell, and the guard turns a typo into an erro
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .data import InputError
+
+# Libraries that import tqdm.auto announce missing notebook widgets; these pages are static and want none. The
+# filter comes first in every notebook because this module does.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # what IPython itself puts into a notebook's namespace
 _IPYTHON_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
