@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hyperdp_lib import data, evaluation, records
+from hyperdp_lib import artefacts, data, evaluation, records
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for
 from hyperdp_lib.data import ImageSet, InputError
@@ -89,7 +88,7 @@ def compare(
     pair = pair or (f"glyphs-{name}" if hypernetwork == "glyphs" else name)
     size = len(train) if num_private is None else num_private
     fixed = {
-        "weights_sha256": _weights_hash(base_model, network),
+        "weights_sha256": artefacts.tensors_sha256({**base_model.state_dict(), **network.state_dict()}),
         "noise": "seeded demonstration - NOT PRIVATE",
     }
     needed = 2 * features.dimension  # for a Fréchet distance; better said now than after the first training
@@ -262,11 +261,3 @@ def _require_same(path: Path, fixed: Mapping[str, Any], bench: Bench) -> None:
             f"{path.name} was made with other weights, delta or neighbouring relation: "
             "choose another --out, or delete the old records."
         )
-
-
-def _weights_hash(*modules: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -14,22 +14,20 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hyperdp_lib import artefacts
 from hyperdp_lib.data import InputError
 
 if TYPE_CHECKING:  # importing pandas costs a second, and writing a record does not need it
     import pandas as pd
 
-_PACKAGES = ("hyperdp", "torch", "diffusers", "peft", "opacus", "opendp", "numpy", "scikit-learn")
 _CELL = ("pair", "method", "epsilon", "num_private")
 
 
@@ -133,17 +131,7 @@ def write_atomically(path: str | Path, text: str) -> None:
     """Write a text file through a temporary neighbour and a rename, creating the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    artefacts.write_atomic(path, text.encode())
 
 
 def read_records(folder: str | Path) -> Iterator[Record]:
@@ -200,7 +188,7 @@ def provenance(
         "command": command if command is not None else _command_line(sys.argv),
         "commit": _commit(),
         "device": _device(torch.device(device)),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **artefacts.library_versions()},
         "started": (started or datetime.now(UTC)).isoformat(timespec="seconds"),
     }
 
@@ -219,17 +207,6 @@ def _device(device: torch.device) -> str:
         return f"cuda ({torch.cuda.get_device_name(device)})"
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return f"{device.type} ({platform.machine()}, {len(cores)} cores, {torch.get_num_threads()} threads)"
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a source tree on the path, not installed
-            continue
-    return found
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def dp_lora_candidates(count: int, *, batch: float, seed: int = 0) -> list[DPLor
             DPLoraConfig(
                 mode=str(mode),
                 r=int(rng.choice([1, 2, 4, 8])),
-                lora_alpha=4.0,
+                lora_alpha=4,
                 target_modules=str(rng.choice([dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS])),
                 learning_rate=float(rng.choice([1e-3, 3e-3, 1e-2, 3e-2])),
                 clip_norm=float(rng.choice([1e-3, 1e-2, 1e-1])),
@@ -87,9 +87,7 @@ def candidates_for(method: str, start: Settings, count: int, epsilon: float, bat
     if method == "lora_non_private":
         grid = [(r, lr, steps) for steps in (150, 300) for lr in (5e-3, 2e-3, 1e-2) for r in (8, 4, 16)]
         made = [
-            dataclasses.replace(
-                start.lora_non_private, r=r, lora_alpha=float(r), learning_rate=lr, num_steps=steps
-            )
+            dataclasses.replace(start.lora_non_private, r=r, lora_alpha=r, learning_rate=lr, num_steps=steps)
             for r, lr, steps in grid
         ]
         return [dataclasses.replace(start, lora_non_private=config) for config in made[:count]]

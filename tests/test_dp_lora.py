@@ -227,7 +227,7 @@ def train(base, batch, labels, config, **changes):
         class_names=("a", "b", "c"),
         loss_function=fixed_loss,
     )
-    return dp_lora.train_dp_lora(batch, labels, base, config, **{**arguments, **changes})
+    return dp_lora.train_dp_lora(batch, labels, base, config, **{**arguments, **changes})[0]
 
 
 def test_per_class_training_sees_its_class_only():
@@ -324,12 +324,45 @@ def test_sampled_batches_spend_the_budget():
 def test_sampled_replacement_is_a_removal_and_an_addition(monkeypatch):
     """Group privacy for two: (e, d) for one change gives (2 e, (1 + exp(e)) d) for two."""
     calls = []
-    monkeypatch.setattr(accounting, "dp_sgd_noise_multiplier", lambda *budget: calls.append(budget) or 1.0)
+    monkeypatch.setattr(dp_sgd, "_sampled_multiplier", lambda *budget: calls.append(budget) or 1.0)
     for relation in RELATIONS:
         dp_sgd.privacy_plan(2.0, 1e-5, relation, **SAMPLED)
     added, replaced, zeroed = calls
     assert added == zeroed == (2.0, 1e-5, 0.1, 20)
     assert replaced[0] == 1.0 and replaced[1] * (1 + math.e) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_the_certificate_states_the_budget_and_the_noise(relation):
+    for seed, stamp in ((None, False), (0, True)):
+        trained, certificate = dp_lora.train_dp_lora(
+            images(),
+            torch.tensor([0, 1, 2, 0, 1, 2]),
+            tiny_dit(),
+            DPLoraConfig(r=1, num_steps=2, clip_norm=0.25),
+            epsilon=2.0,
+            num_private_declared=60,
+            neighboring_relation=relation,
+            class_names=("a", "b", "c"),
+            seed=seed,
+            loss_function=fixed_loss,
+        )
+        assert certificate.epsilon == 2.0 and certificate.delta == 1e-5 and certificate.mechanism == "DP-SGD"
+        assert certificate.demonstration is stamp and certificate.private is not stamp
+        assert certificate.sensitivity == (0.5 if relation == "replace_one" else 0.25)
+        assert certificate.noise_std == pytest.approx(trained.plan.noise_std * 0.25)
+        (entry,) = certificate.ledger
+        assert (entry.steps, entry.sample_rate) == (2, 1.0)
+        assert certificate.num_private == (None if relation == "add_or_remove_one" else 60)
+        assert type(certificate).from_json(certificate.to_json()) == certificate
+
+
+def test_training_without_noise_is_certified_as_not_private():
+    _, certificate = dp_lora.train_dp_lora(
+        images(), None, tiny_dit(), DPLoraConfig(num_steps=1), epsilon=math.inf, num_private_declared=6
+    )
+    assert certificate.epsilon == math.inf and not certificate.private
+    assert certificate.sentence.startswith("NOT PRIVATE")
 
 
 def test_batches_are_poisson():

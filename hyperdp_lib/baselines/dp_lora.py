@@ -31,11 +31,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hyperdp_lib import diffusion
+from hyperdp_lib import artefacts, certificate, diffusion
 from hyperdp_lib.adapter import Adapter, LoraGeometry, concatenate, lora_geometry
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.baselines.dp_sgd import LossFunction, PrivacyPlan
+from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
+from hyperdp_lib.ledger import LedgerEntry
 
 ATTENTION = r".*attn1\.(to_q|to_k|to_v|to_out\.0)"
 """LoRA targets of DP-LoRA: the attention projections."""
@@ -70,7 +72,7 @@ class DPLoraConfig:
 
     mode: str = "per_class"
     r: int = 4
-    lora_alpha: float = 4.0
+    lora_alpha: int = 4
     target_modules: str = ALL_BLOCK_LAYERS
     learning_rate: float = 3e-3
     clip_norm: float = 0.1
@@ -158,7 +160,7 @@ def train_dp_lora(
     seed: int | None = None,
     loss_function: LossFunction | None = None,
     progress: bool = False,
-) -> DPLora:
+) -> tuple[DPLora, Certificate]:
     """Train LoRA on private images by DP-SGD; with ``epsilon = inf`` by the same loop, not private.
 
     Parameters
@@ -182,6 +184,12 @@ def train_dp_lora(
         See `dp_sgd.LossFunction`; by default `hyperdp_lib.diffusion.denoising_loss`.
     progress : bool
         Show a bar of steps (their number is public).
+
+    Returns
+    -------
+    trained : DPLora
+    certificate : Certificate
+        For ``epsilon = inf`` it says NOT PRIVATE.
     """
     names = tuple(class_names)
     labels = _check(private_images, private_labels, names)
@@ -214,7 +222,7 @@ def train_dp_lora(
         adapter, model = None, trainees[0].merged()
     bar.close()
     dimension = trainees[0].num_parameters
-    return DPLora(
+    trained = DPLora(
         adapter=adapter,
         model=model,
         class_names=names,
@@ -223,6 +231,58 @@ def train_dp_lora(
         trained_parameters=dimension * len(trainees),
         noise_dimension=dimension,
         seconds=time.perf_counter() - started,
+    )
+    budget = dict(epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation)
+    return trained, _certify(trained, base_model, num_private_declared, seeded=seed is not None, **budget)
+
+
+def _certify(
+    trained: DPLora,
+    base_model: nn.Module,
+    num_private_declared: int,
+    *,
+    epsilon: float,
+    delta: float,
+    neighboring_relation: str,
+    seeded: bool,
+) -> Certificate:
+    """One charge for the whole run: under parallel composition all classes together cost what one does."""
+    plan, fields = trained.plan, {}
+    if plan.noise_std == 0:
+        mechanism, rng = certificate.NO_PRIVACY, certificate.NO_NOISE
+        charge = LedgerEntry("other", "LoRA training without noise", math.inf, 0.0)
+    else:
+        mechanism = certificate.DP_SGD
+        rng = certificate.SEEDED_NOISE if seeded else certificate.FLOAT_NOISE
+        charge = LedgerEntry(
+            "dp_sgd",
+            f"DP-SGD LoRA, {trained.config.mode}: {plan.accountant}",
+            epsilon,
+            delta,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            steps=plan.num_steps,
+        )
+        clip_norm = trained.config.clip_norm
+        fields = dict(
+            noise_multiplier=plan.noise_multiplier,
+            noise_std=plan.noise_multiplier * (plan.sensitivity * clip_norm),
+            clip_norm=clip_norm,
+            sensitivity=plan.sensitivity * clip_norm,
+            dimension=trained.noise_dimension,
+        )
+    return certificate.ledger_certificate(
+        (charge,),
+        delta,
+        method="dp_lora" if plan.noise_std > 0 else "lora_non_private",
+        mechanism=mechanism,
+        neighboring_relation=neighboring_relation,
+        rng=rng,
+        epsilon=epsilon,
+        num_private=num_private_declared,
+        class_names=trained.class_names if len(trained.class_names) > 1 else (),
+        base_model_sha256=artefacts.tensors_sha256(base_model.state_dict()),
+        **fields,
     )
 
 
@@ -270,7 +330,6 @@ def lora_model(base_model: nn.Module, config: DPLoraConfig, *, num_classes: int 
     lora_config = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
     geometry = lora_geometry(base_model, lora_config)
     model = copy.deepcopy(base_model).requires_grad_(False)
-    _use_plain_attention(model)
     if num_classes:
         _resize_label_embeddings(model, num_classes)
     with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator: public randomness
@@ -303,7 +362,8 @@ def _train(
     adamw = torch.optim.AdamW(
         trainee.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
-    noise, draws = (torch.Generator(device).manual_seed(_draw_seed(secret)) for _ in range(2))
+    noise = torch.Generator(device).manual_seed(_draw_seed(secret))
+    draws = torch.Generator().manual_seed(_draw_seed(secret))  # `diffusion` draws on the CPU
     if plan.noise_std > 0:
         gradients = dp_sgd.ExampleGradients(trainee.model, loss_function, config.noise_draws)
         step = dp_sgd.noisy_step(gradients, adamw, plan, config.clip_norm, noise=noise, draws=draws)
@@ -362,15 +422,6 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _use_plain_attention(model: nn.Module) -> None:
-    """The plain formula instead of the fused kernel, whose backward is several times slower on a CPU."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor
-
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
 
 
 def _label_embeddings(model: nn.Module) -> list[Any]:

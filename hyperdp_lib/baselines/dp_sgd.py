@@ -13,6 +13,7 @@ Opacus draws floating-point Gaussian noise from torch's Mersenne twister.  That 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,16 @@ def privacy_plan(
     elif neighboring_relation == "replace_one":
         route = "PRV accountant for add_or_remove_one with Poisson sampling; group privacy for two"
         half, small = epsilon / 2, delta / (1 + math.exp(epsilon / 2))
-        multiplier = accounting.dp_sgd_noise_multiplier(half, small, rate, num_steps)
+        multiplier = _sampled_multiplier(half, small, rate, num_steps)
     else:
         route = "PRV accountant with Poisson sampling"
-        multiplier = accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, num_steps)
+        multiplier = _sampled_multiplier(epsilon, delta, rate, num_steps)
     return PrivacyPlan(multiplier * sensitivity, rate, num_steps, declared_size, sensitivity, route)
+
+
+@functools.cache  # seconds of numerical composition, and the same for every seed
+def _sampled_multiplier(epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
+    return accounting.dp_sgd_noise_multiplier(epsilon, delta, sample_rate, num_steps)
 
 
 def require_contiguous_inputs(model: nn.Module) -> None:

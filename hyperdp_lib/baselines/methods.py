@@ -50,7 +50,7 @@ class Settings:
     bank_images: int = 40
     dp_lora: Mapping[float, DPLoraConfig] = field(default_factory=lambda: {1.0: DPLoraConfig()})
     lora_non_private: DPLoraConfig = DPLoraConfig(
-        r=8, lora_alpha=8.0, num_steps=150, learning_rate=5e-3, expected_batch_size=64, ema_decay=0.95
+        r=8, lora_alpha=8, num_steps=150, learning_rate=5e-3, expected_batch_size=64, ema_decay=0.95
     )
 
     def dp_lora_for(self, epsilon: float) -> DPLoraConfig:
@@ -146,7 +146,7 @@ class Bench:
             self.base_model,
             adapter,
             self.num_images,
-            generator=generator_for(seed, self.device),
+            generator=generator_for(seed),
             num_steps=self.settings.sampling_steps,
         )
         classes = len(self.class_names)
@@ -236,7 +236,7 @@ def lora(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """DP-SGD LoRA, or with ``epsilon = inf`` LoRA without privacy, both as tuned."""
     settings = bench.settings
     config = settings.lora_non_private if math.isinf(epsilon) else settings.dp_lora_for(epsilon)
-    trained = dp_lora.train_dp_lora(
+    trained, certificate = dp_lora.train_dp_lora(
         bench.private_train.images,
         bench.private_train.labels,
         bench.base_model,
@@ -251,11 +251,11 @@ def lora(bench: Bench, epsilon: float, seed: int) -> Outcome:
     )
     started = time.perf_counter()
     images, labels = trained.sample(
-        bench.num_images, generator=generator_for(seed, bench.device), num_steps=settings.sampling_steps
+        bench.num_images, generator=generator_for(seed), num_steps=settings.sampling_steps
     )
     seconds = {"train": trained.seconds, "sample": time.perf_counter() - started}
     plan = trained.plan
-    chosen = {**plain_config(config), "noise_std": plan.noise_std, "accountant": plan.accountant}
+    chosen = {**plain_config(config), "noise_std": plan.noise_std, "certificate": certificate.sentence}
     releases = 0 if math.isinf(epsilon) else config.num_steps
     return Outcome(
         images.cpu(), labels, seconds, trained.trained_parameters, trained.noise_dimension, releases, chosen
@@ -295,9 +295,9 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def generator_for(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator seeded by the cell."""
-    return torch.Generator(device).manual_seed(seed)
+def generator_for(seed: int) -> torch.Generator:
+    """The cell's public randomness; on the CPU, so that a GPU gives the same samples."""
+    return torch.Generator().manual_seed(seed)
 
 
 def plain_config(config: DPLoraConfig) -> dict[str, Any]:
