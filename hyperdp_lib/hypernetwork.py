@@ -1,0 +1,185 @@
+"""Noisy sum -> LoRA adapter: the public network that turns one private release into model parameters.
+
+It reads the noisy mean (sum over noisy count) and two numbers that say how far to trust it: the noise on that mean and
+the noisy count. One network therefore serves every epsilon, every neighbouring relation and every set size it was
+trained for. Everything here is post-processing of the release and costs no privacy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hyperdp_lib.adapter import Adapter, LoraGeometry, lora_geometry
+from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+# Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so LoRA there
+# acts like conditioning.
+TARGET_MODULES = r"transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
+
+
+@dataclass(frozen=True)
+class HyperNetworkConfig:
+    """Shape of the hypernetwork (public): residual trunk, then one linear head per factor of every adapted layer."""
+
+    r: int = 4
+    lora_alpha: int = 4
+    target_modules: str = TARGET_MODULES
+    hidden: int = 256
+    head_width: int = 96
+    num_blocks: int = 2
+
+    def to_dict(self) -> dict:
+        """As plain data, for the manifest."""
+        return asdict(self)
+
+    def lora_config(self):
+        """The PEFT configuration of the adapters it makes."""
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.r, lora_alpha=self.lora_alpha, target_modules=self.target_modules)
+
+
+class HyperNetwork(nn.Module):
+    """Frozen encoder, and the network from a noisy sum of its embeddings to adapters.
+
+    Parameters
+    ----------
+    encoder : the public encoder whose sums it reads.
+    base_model : the model to adapt; only its geometry is read.
+    config : see ``HyperNetworkConfig``.
+    """
+
+    def __init__(self, encoder: Encoder, base_model: nn.Module, config: HyperNetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = HyperNetworkConfig() if config is None else config
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.lora_config = config.lora_config()
+        self.geometry: LoraGeometry = lora_geometry(base_model, self.lora_config)
+        self.trunk_in = nn.Linear(encoder.config.dimension + 1, config.hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(config.hidden), nn.Linear(config.hidden, config.hidden), nn.GELU(),
+                nn.Linear(config.hidden, config.hidden),
+            )
+            for _ in range(config.num_blocks)
+        )  # fmt: skip
+        self.trunk_out = nn.Sequential(
+            nn.LayerNorm(config.hidden), nn.Linear(config.hidden, config.head_width), nn.GELU(), nn.LayerNorm(config.head_width)
+        )
+        sizes_a = [torch.Size(m.a_shape).numel() for m in self.geometry.modules]
+        sizes_b = [torch.Size(m.b_shape).numel() for m in self.geometry.modules]
+        self.head_a = nn.Linear(config.head_width, sum(sizes_a))
+        self.head_b = nn.Linear(config.head_width, sum(sizes_b))
+        self._sizes = (sizes_a, sizes_b)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """No change at the start: B = 0. A has a random bias as large as PEFT's own start, and small weights."""
+        with torch.no_grad():
+            self.head_b.weight.zero_()
+            self.head_b.bias.zero_()
+            self.head_a.weight.normal_(std=0.02 / self.config.head_width**0.5)
+            fan_in = [m.a_shape[1:] for m in self.geometry.modules]
+            bias = [
+                torch.empty(m.a_shape).uniform_(-1, 1) / torch.Size(f).numel() ** 0.5
+                for m, f in zip(self.geometry.modules, fan_in, strict=True)
+            ]
+            self.head_a.bias.copy_(torch.cat([b.flatten() for b in bias]))
+
+    def train(self, mode: bool = True) -> HyperNetwork:
+        """The encoder stays in evaluation mode: it is frozen."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, noisy_sum: Tensor, noise_std: Tensor | float, names: tuple[str, ...] | None = None) -> Adapter:
+        """Adapters of T data sets from their noisy sums.
+
+        Parameters
+        ----------
+        noisy_sum : (T, k); coordinate 0 is 0.5 times the noisy count.
+        noise_std : standard deviation of the noise on each coordinate of the sum, a number or (T,); public.
+        names : one a data set, e.g. the class names.
+        """
+        std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(len(noisy_sum))
+        features = torch.cat(summary(noisy_sum, std), 1)
+        h = self.trunk_in(features)
+        for block in self.blocks:
+            h = h + block(h)
+        h = self.trunk_out(h)
+        parts_a = self.head_a(h).split(self._sizes[0], 1)
+        parts_b = self.head_b(h).split(self._sizes[1], 1)
+        factors = {
+            m.name: (a.reshape(-1, *m.a_shape), b.reshape(-1, *m.b_shape))
+            for m, a, b in zip(self.geometry.modules, parts_a, parts_b, strict=True)
+        }
+        names = tuple(str(i) for i in range(len(noisy_sum))) if names is None else tuple(names)
+        return Adapter(self.lora_config, self.geometry, factors, names)
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """Weights without the encoder's."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
+
+
+def summary(noisy_sum: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy mean (T, k - 1) scaled to unit size, log noise on it (T, 1), log noisy count (T, 1).
+
+    The count is kept at least at its own noise level (and at least one), so that a sum which is all noise gives a
+    bounded mean, and the mean is pulled back into the ball in which every true mean lies.
+    """
+    floor = (noise_std / COUNT_COORDINATE).clamp_min(1.0)
+    count = torch.maximum(noisy_sum[:, 0] / COUNT_COORDINATE, floor)
+    mean = noisy_sum[:, 1:] / count[:, None]
+    noise = noise_std / count
+    length = mean.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    mean = mean * (1.5 / length).clamp_max(1.0)
+    return 8.0 * mean, (noise.clamp_min(1e-4).log() + 4.0)[:, None] / 2.0, (count.log() - 4.0)[:, None] / 2.0
+
+
+def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetwork, manifest: dict) -> None:
+    """Write base model (diffusers folder), encoder and hypernetwork (safetensors, half precision) and the manifest."""
+    import copy
+
+    folder.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(base_model).half().save_pretrained(folder / "base")
+    half = {k: v.detach().cpu().half().contiguous() for k, v in hypernetwork.encoder.state_dict().items()}
+    save_file(half, str(folder / "encoder.safetensors"))
+    half = {k: v.detach().cpu().half().contiguous() for k, v in hypernetwork.decoder_state().items()}
+    save_file(half, str(folder / "hypernetwork.safetensors"))
+    shapes = {"encoder": hypernetwork.encoder.config.to_dict(), "hypernetwork": hypernetwork.config.to_dict()}
+    (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of shipped weights called ``name``, or the given folder itself."""
+    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
+        if (folder / "manifest.json").is_file():
+            return folder
+    shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/manifest.json"))) or "none"
+    raise InputError(f"no hypernetwork {str(name_or_path)!r}: shipped are {shipped}, or give a folder made by 'hyperdp train'")
+
+
+def load_pretrained(name_or_path: str | Path = "glyphs", device: str = "cpu") -> tuple[nn.Module, HyperNetwork]:
+    """Base model and hypernetwork, frozen, float32, in evaluation mode.
+
+    >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP
+    """
+    from hyperdp_lib.diffusion import load_base_model
+
+    folder = resolve(name_or_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    base_model = load_base_model(folder / "base")
+    encoder = Encoder(EncoderConfig(**manifest["encoder"]))
+    encoder.load_state_dict({k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()})
+    hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
+    state = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
+    hypernetwork.load_state_dict(state | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
+    return base_model.to(device), hypernetwork.to(device).eval().requires_grad_(False)

@@ -1,0 +1,498 @@
+"""Public training, from nothing to the shipped weights, in four stages that each resume where they stopped.
+
+1. ``features``: the network that scores images, a classifier of public characters.
+2. ``encoder``: noise-aware prototypical training (Snell et al. 2017, with the release's noise on every prototype), plus
+   a decoder that must redraw a task's mean and standard-deviation image from its noisy mean. Then frozen: trained
+   through the denoising loss instead, the encoder loses class information.
+3. ``base``: the denoiser alone, on all public tasks.
+4. ``joint``: base and hypernetwork together; heads warmed up first; tasks drawn afresh throughout.
+
+No private data is read here. The noise that the release will add is simulated, over all noise levels and set sizes
+that a release may meet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from hyperdp_lib.adapter import Adapter, apply_adapters
+from hyperdp_lib.data import InputError
+from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, denoising_loss
+from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
+from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
+
+STAGES = ("features", "encoder", "base", "joint")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: how many steps of how many tasks x images, and how fast."""
+
+    steps: int
+    tasks: int
+    images: int
+    learning_rate: float
+    ema: float = 0.998
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides the trained weights (public)."""
+
+    glyphs: GlyphConfig = field(default_factory=GlyphConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    base: BaseModelConfig = field(default_factory=BaseModelConfig)
+    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
+    features_stage: StageConfig = StageConfig(800, 128, 3, 1e-3)
+    encoder_stage: StageConfig = StageConfig(1200, 64, 20, 1e-3)
+    base_stage: StageConfig = StageConfig(1200, 64, 8, 2e-3)
+    joint_stage: StageConfig = StageConfig(4000, 64, 8, 1e-3, 0.999)
+    feature_classes: int = 2048
+    pool_tasks: int = 2048  # tasks in play at a time during `joint`
+    pool_images: int = 80  # images of each; also the largest support set
+    fresh_tasks: int = 24  # of which so many are replaced by new ones at every step
+    set_size: tuple[int, int] = (8, 8192)  # the set sizes the hypernetwork is trained for, log-uniform
+    mean_noise: tuple[float, float] = (5e-4, 0.5)  # and the noise std on the mean, log-uniform
+    adapter_off: float = 0.1  # share of tasks with no adapter, so that the base stays a model of its own
+    seed: int = 0
+
+
+PRESETS = {
+    "glyphs": Preset(),
+    "glyphs-lookalikes": Preset(glyphs=GlyphConfig(lookalikes=True)),
+    "miniature": Preset(
+        glyphs=GlyphConfig(num_strokes=200),
+        encoder=EncoderConfig(dimension=16, width=8),
+        base=BaseModelConfig(width=32, num_layers=1),
+        hypernetwork=HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1),
+        features_stage=StageConfig(8, 8, 4, 1e-3),
+        encoder_stage=StageConfig(12, 8, 8, 1e-3, 0.9),
+        base_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
+        joint_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
+        feature_classes=32,
+        pool_tasks=16,
+        pool_images=12,
+        fresh_tasks=4,
+    ),
+}
+
+
+class TaskStream(IterableDataset):
+    """Batches of fresh tasks (T, M, 1, 16, 16) as uint8, with the characters' numbers if ``num_classes`` is given."""
+
+    def __init__(self, source: GlyphTasks, tasks: int, images: int, seed: int, num_classes: int | None = None) -> None:
+        self.source, self.tasks, self.images, self.seed, self.num_classes = source, tasks, images, seed, num_classes
+
+    def __iter__(self) -> Iterator:
+        g = torch.Generator().manual_seed(self.seed)
+        while True:
+            classes = None
+            if self.num_classes is not None:
+                classes = torch.randperm(self.num_classes, generator=g)[: self.tasks]
+            images = self.source.sample_tasks(self.tasks, self.images, g, classes=classes)
+            images = ((images + 1) * 127.5).round().to(torch.uint8)
+            yield images if classes is None else (images, classes)
+
+
+def stream(*args, **keywords) -> Iterator:
+    """Draw tasks in one background process, ahead of the training that uses them."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    return iter(DataLoader(TaskStream(*args, **keywords), batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def _to_float(images: Tensor, device: str) -> Tensor:
+    return images.to(device).float() / 127.5 - 1
+
+
+def log_uniform(low: float, high: float, count: int, g: torch.Generator) -> Tensor:
+    """(count,) numbers whose logarithm is uniform."""
+    return torch.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand(count, generator=g))
+
+
+class Loop:
+    """The one training loop: AdamW, warm-up and cosine decay, gradient clipping, EMA, checkpoints, progress.
+
+    ``loss(step)`` returns the loss and numbers to log. A run that was stopped continues from its last checkpoint; its
+    random streams start anew from the step it continues at.
+    """
+
+    def __init__(self, name: str, groups: list[tuple[nn.Module, float]], config: StageConfig, out: Path, seed: int) -> None:
+        self.name, self.config, self.path, self.seed = name, config, out / f"{name}.pt", seed
+        self.modules = nn.ModuleList([module for module, _ in groups])
+        self.rates = [rate * config.learning_rate for _, rate in groups]
+        parameters = [
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+            for (module, _), rate in zip(groups, self.rates, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+        self.average = {k: v.detach().clone() for k, v in self.modules.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.modules.load_state_dict(state["modules"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+            self.history = json.loads(state["history"])
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.step >= self.config.steps
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the full rate: linear warm-up over 5% of the steps (at most 300), then a half cosine to 0."""
+        warm_up = min(300, max(1, self.config.steps // 20))
+        progress = (step - warm_up) / max(1, self.config.steps - warm_up)
+        return (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def save(self) -> None:
+        """Checkpoint, atomically."""
+        state = {
+            "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
+            "step": self.step, "seconds": self.seconds, "history": json.dumps(self.history),
+        }  # fmt: skip
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+    def run(self, loss: Callable[[int], tuple[Tensor, dict]], *, every: int = 200, check: Callable[[], dict] | None = None):
+        """Train to the end, then load the averaged weights into the modules."""
+        started, saved = time.perf_counter(), self.seconds
+        sums: dict[str, float] = {}
+        with tqdm(total=self.config.steps, initial=self.step, desc=self.name, disable=None) as bar:
+            while not self.done:
+                rate = self.learning_rate(self.step)
+                for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
+                    group["lr"] = full * rate
+                value, numbers = loss(self.step)
+                self.optimizer.zero_grad()
+                value.backward()
+                nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+                self.optimizer.step()
+                self.step += 1
+                decay = min(self.config.ema, self.step / (self.step + 10))
+                with torch.no_grad():
+                    for key, current in self.modules.state_dict().items():
+                        self.average[key].lerp_(current, 1 - decay)
+                for key, number in numbers.items():
+                    sums[key] = sums.get(key, 0.0) + float(number)
+                bar.update()
+                if self.step % every == 0 or self.done:
+                    self.seconds = saved + time.perf_counter() - started
+                    taken = (self.step - 1) % every + 1
+                    row = {"step": self.step, "seconds": round(self.seconds)}
+                    row |= {k: round(v / taken, 5) for k, v in sums.items()}
+                    if check is not None:
+                        row |= self._with_average(check)
+                    sums = {}
+                    self.history.append(row)
+                    self.save()
+                    bar.write(f"{self.name}: {row}")
+        self.modules.load_state_dict(self.average)
+
+    def _with_average(self, check: Callable[[], dict]) -> dict:
+        current = {k: v.clone() for k, v in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.average)
+        with torch.no_grad():
+            result = {k: round(float(v), 5) for k, v in check().items()}
+        self.modules.load_state_dict(current)
+        return result
+
+
+def train_features(preset: Preset, source: GlyphTasks, out: Path, device: str) -> FeatureNetwork:
+    """Stage 1: a classifier of public characters in random styles; its 64 features are what scores are computed in."""
+    torch.manual_seed(preset.seed)
+    network = FeatureNetwork().to(device)
+    classes = min(preset.feature_classes, source.num_classes)
+    head = nn.Sequential(nn.GELU(), nn.Linear(network.dimension, classes)).to(device)
+    config = preset.features_stage
+    loop = Loop("features", [(network, 1.0), (head, 1.0)], config, out, preset.seed)
+    if not loop.done:
+        batches = stream(source, config.tasks, config.images, preset.seed + 1000 + loop.step, classes)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            images, labels = next(batches)
+            logits = head(network(_to_float(images, device).flatten(0, 1)))
+            labels = labels.to(device).repeat_interleave(config.images)
+            value = F.cross_entropy(logits, labels)
+            return value, {"loss": value.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+        loop.run(loss)
+    loop.modules.load_state_dict(loop.average)
+    return network.eval().requires_grad_(False)
+
+
+def train_encoder(preset: Preset, source: GlyphTasks, out: Path, device: str) -> Encoder:
+    """Stage 2: prototypes that can still be told apart, and redrawn, under the noise of a release."""
+    torch.manual_seed(preset.seed + 1)
+    encoder = Encoder(preset.encoder).to(device).train()
+    k = preset.encoder.dimension - 1
+    pixels = preset.encoder.channels * preset.encoder.image_size**2
+    redraw = nn.Sequential(nn.Linear(k + 1, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 2 * pixels))
+    scale = nn.ParameterDict({"log_scale": nn.Parameter(torch.tensor(2.0)), "log_spread": nn.Parameter(torch.tensor(-4.0))})
+    redraw, scale = redraw.to(device), scale.to(device)
+    config = preset.encoder_stage
+    loop = Loop("encoder", [(encoder, 1.0), (redraw, 1.0), (scale, 10.0)], config, out, preset.seed)
+    if not loop.done:
+        batches = stream(source, config.tasks, config.images, preset.seed + 2000 + loop.step)
+        g = torch.Generator().manual_seed(preset.seed + 2500 + loop.step)
+        queries = max(1, config.images // 5)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            images = _to_float(next(batches), device)
+            codes = encoder(images.flatten(0, 1))[:, 1:].unflatten(0, images.shape[:2])
+            noise = log_uniform(1e-3, 0.35, len(images), g).to(device)[:, None]
+            mean = codes[:, queries:].mean(1)
+            mean = mean + noise * torch.randn(mean.shape, generator=g).to(device)
+            shrink = 1 / (1 + noise.square() * torch.exp(-scale["log_spread"]))
+            query = codes[:, :queries].flatten(0, 1)
+            distance = torch.cdist(query, mean * shrink).square()
+            labels = torch.arange(len(images), device=device).repeat_interleave(queries)
+            logits = -torch.exp(scale["log_scale"]) * distance * shrink.T
+            classify = F.cross_entropy(logits, labels)
+            # What the mean says of the set beyond its identity: its mean image and how much it varies, pixel by pixel.
+            drawn = redraw(torch.cat([8 * mean * shrink, noise.log()], 1))
+            flat = images.flatten(2)
+            picture = F.mse_loss(drawn, torch.cat([flat.mean(1), flat.std(1)], 1))
+            accuracy = (logits.argmax(1) == labels).float().mean()
+            return classify + 3 * picture, {"classify": classify.detach(), "redraw": picture.detach(), "accuracy": accuracy}
+
+        loop.run(loss)
+    loop.modules.load_state_dict(loop.average)
+    return encoder.eval().requires_grad_(False)
+
+
+def train_base(preset: Preset, source: GlyphTasks, out: Path, device: str) -> nn.Module:
+    """Stage 3: the denoiser alone."""
+    torch.manual_seed(preset.seed + 2)
+    base = build_base_model(preset.base).to(device)
+    config = preset.base_stage
+    loop = Loop("base", [(base, 1.0)], config, out, preset.seed)
+    if not loop.done:
+        batches = stream(source, config.tasks, config.images, preset.seed + 3000 + loop.step)
+        g = torch.Generator().manual_seed(preset.seed + 3500 + loop.step)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            value = denoising_loss(base, _to_float(next(batches), device).flatten(0, 1), g).mean()
+            return value, {"loss": value.detach()}
+
+        loop.run(loss)
+    loop.modules.load_state_dict(loop.average)
+    return base
+
+
+class TaskPool:
+    """The tasks in play: images as uint8, embeddings, and a few replaced by fresh ones at every step."""
+
+    def __init__(self, preset: Preset, encoder: Encoder, source: GlyphTasks, seed: int, device: str) -> None:
+        self.batches = stream(source, preset.fresh_tasks, preset.pool_images, seed)
+        self.encoder, self.device, self.fresh = encoder, device, preset.fresh_tasks
+        channels, size = preset.encoder.channels, preset.encoder.image_size
+        shape = (preset.pool_tasks, preset.pool_images)
+        self.images = torch.empty(*shape, channels, size, size, dtype=torch.uint8)
+        self.codes = torch.empty(*shape, preset.encoder.dimension)
+        self.next = 0
+        for _ in tqdm(range(-(-preset.pool_tasks // self.fresh)), desc="filling the pool", disable=None):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Replace the oldest tasks."""
+        images = next(self.batches)
+        rows = (self.next + torch.arange(len(images))) % len(self.images)
+        self.next = int(rows[-1]) + 1
+        self.images[rows] = images
+        with torch.no_grad():
+            codes = self.encoder(_to_float(images, self.device).flatten(0, 1))
+        self.codes[rows] = codes.cpu().unflatten(0, images.shape[:2])
+
+    def draw(self, preset: Preset, tasks: int, queries: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Query images (T, Q, ...), simulated noisy sums (T, k) and their noise levels (T,)."""
+        rows = torch.randperm(len(self.images), generator=g)[:tasks]
+        available = self.images.shape[1] - queries
+        order = torch.rand(tasks, available + queries, generator=g).argsort(1)
+        images = self.images[rows[:, None], order[:, :queries]]
+        sizes = log_uniform(*preset.set_size, tasks, g).round()
+        codes = self.codes[rows[:, None], order[:, queries:]]
+        return images, *simulate_sums(codes, sizes, log_uniform(*preset.mean_noise, tasks, g) * sizes, g)
+
+
+def simulate_sums(codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy sums (T, k) of sets of the given sizes (T,), from embeddings (T, S, k) of up to S of their images.
+
+    A set larger than S has the mean of its S images: the difference is below the noise that matters.
+    """
+    chosen = torch.arange(codes.shape[1])[None] < sizes[:, None]
+    mean = (codes * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
+    sums = mean * sizes[:, None]
+    return sums + noise_std[:, None] * torch.randn(sums.shape, generator=g), noise_std
+
+
+def adapted_loss(base: nn.Module, adapter: Adapter, images: Tensor, g: torch.Generator) -> Tensor:
+    """Mean denoising loss of query images (T, Q, ...) under their tasks' adapters."""
+    with apply_adapters(base, adapter):
+        return denoising_loss(base, images.flatten(0, 1), g).mean()
+
+
+def train_joint(
+    preset: Preset, source: GlyphTasks, held_out: GlyphTasks, base: nn.Module, encoder: Encoder, out: Path, device: str
+) -> tuple[nn.Module, HyperNetwork]:
+    """Stage 4: base and hypernetwork together. During the warm-up of the heads the base moves at a tenth of its rate."""
+    torch.manual_seed(preset.seed + 3)
+    base = base.requires_grad_(True)
+    hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
+    config = preset.joint_stage
+    loop = Loop("joint", [(base, 0.5), (hypernetwork, 1.0)], config, out, preset.seed)
+    if not loop.done:
+        pool = TaskPool(preset, encoder, source, preset.seed + 4000 + loop.step, device)
+        g = torch.Generator().manual_seed(preset.seed + 4500 + loop.step)
+        fixed = torch.Generator().manual_seed(preset.seed + 4900)
+        unseen = held_out.sample_tasks(4 * config.tasks, config.images + 40, fixed)
+        with torch.no_grad():
+            codes = encoder(unseen[:, config.images :].flatten(0, 1).to(device)).cpu().unflatten(0, (len(unseen), 40))
+        sizes = torch.full((len(unseen),), 128.0)
+        sums, std = simulate_sums(codes, sizes, torch.full((len(unseen),), 3.73), fixed)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            pool.refresh()
+            images, noisy_sums, noise = pool.draw(preset, config.tasks, config.images, g)
+            adapter = hypernetwork(noisy_sums.to(device), noise.to(device))
+            off = torch.rand(config.tasks, generator=g).to(device) < preset.adapter_off
+            factors = {name: (a, b * ~off[:, None, None]) for name, (a, b) in adapter.factors.items()}
+            adapter = Adapter(adapter.lora_config, adapter.geometry, factors, adapter.names)
+            value = adapted_loss(base, adapter, _to_float(images, device), g)
+            return value, {"loss": value.detach()}
+
+        def check() -> dict:
+            again = torch.Generator().manual_seed(1)
+            queries = unseen[:, : config.images].to(device)
+            alone = denoising_loss(base, queries.flatten(0, 1), again).mean()
+            adapter = hypernetwork(sums.to(device), std.to(device))
+            return {"held_out": adapted_loss(base, adapter, queries, again.manual_seed(1)), "held_out_no_adapter": alone}
+
+        loop.run(loss, every=min(200, config.steps), check=check)
+    loop.modules.load_state_dict(loop.average)
+    return base.eval().requires_grad_(False), hypernetwork.eval().requires_grad_(False)
+
+
+def train(
+    preset: str | Preset = "glyphs",
+    *,
+    device: str = "cpu",
+    out: str | Path | None = None,
+    resume: bool = True,
+    stages: tuple[str, ...] = STAGES,
+) -> Path:
+    """Train everything of a preset; returns the folder of weights, loadable by ``load_pretrained``.
+
+    Stopped, it continues from its checkpoints when run again. ``stages`` runs some stages only (``base`` and ``encoder``
+    do not need each other and may run side by side); the weights are written once all four are done.
+    """
+    name = preset if isinstance(preset, str) else "custom"
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise InputError(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        preset = PRESETS[preset]
+    out = Path("runs") / name if out is None else Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for stage in stages:
+            (out / f"{stage}.pt").unlink(missing_ok=True)
+    settings = json.dumps(asdict(preset), indent=2)
+    if (out / "preset.json").exists() and (out / "preset.json").read_text() != settings:
+        raise InputError(f"{out} holds another preset's training: choose another folder with --out")
+    (out / "preset.json").write_text(settings)
+
+    source = GlyphTasks(preset.glyphs)
+    if "features" in stages:
+        train_features(preset, source, out, device)
+    if "encoder" in stages:
+        train_encoder(preset, source, out, device)
+    if "base" in stages:
+        train_base(preset, source, out, device)
+    if "joint" in stages:
+        features = train_features(preset, source, out, device)
+        encoder = train_encoder(preset, source, out, device)
+        base = train_base(preset, source, out, device)
+        held_out = GlyphTasks(preset.glyphs, "held_out")
+        base, hypernetwork = train_joint(preset, source, held_out, base, encoder, out, device)
+        write_weights(name, preset, source, out, base, hypernetwork, features, device)
+    return out / "weights"
+
+
+def write_weights(
+    name: str,
+    preset: Preset,
+    source: GlyphTasks,
+    out: Path,
+    base: nn.Module,
+    hypernetwork: HyperNetwork,
+    features: FeatureNetwork,
+    device: str,
+) -> None:
+    """The folder that ships: base, encoder, hypernetwork, feature network, manifest and model card."""
+    import platform
+
+    from hyperdp_lib.artefacts import folder_sha256, library_versions
+
+    folder = out / "weights"
+    logs = {}
+    for stage in STAGES:
+        state = torch.load(out / f"{stage}.pt", weights_only=True)
+        logs[stage] = {"steps": state["step"], "seconds": round(state["seconds"]), "last": json.loads(state["history"])[-1]}
+    device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
+    manifest = {
+        "name": name,
+        "command": f"hyperdp train --preset {name}",
+        "public_data": source.describe(),
+        "preset": json.loads(json.dumps(asdict(preset))),
+        "device": device_name,
+        "stages": logs,
+        "count_coordinate": COUNT_COORDINATE,
+        "versions": library_versions(),
+    }
+    save_pretrained(folder, base.cpu(), hypernetwork.cpu(), manifest)
+    features.cpu().save(folder / "features.safetensors")
+    checksums = {k: v for k, v in folder_sha256(folder).items() if k not in ("README.md", "manifest.json")}
+    (folder / "README.md").write_text(model_card(manifest, checksums))
+
+
+def model_card(manifest: dict, checksums: dict[str, str]) -> str:
+    """What the weights are, made of what, by which command."""
+    data = manifest["public_data"]
+    lookalikes = "kept" if data["lookalikes"] else "left out"
+    rows = "\n".join(
+        f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['last']} |" for stage, log in manifest["stages"].items()
+    )
+    sums = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(checksums.items()))
+    return f"""# Weights `{manifest["name"]}`
+
+Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and feature network, trained on public data only.
+
+- **Data.** {data["shapes"]} shapes of {data["classes"]} classes, of which {data["strokes"]} are random pen strokes and the rest characters
+  rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: {lookalikes}.
+- **Command.** `{manifest["command"]}` (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
+- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; 16 x 16 grey images, white on black.
+- **Limits.** Made for single drawn characters and simple drawings. Half precision.
+
+| stage | steps | time | last log line |
+|---|---|---|---|
+{rows}
+
+| file | sha256 |
+|---|---|
+{sums}
+"""
