@@ -28,7 +28,6 @@ from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_fo
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.records import Record
 
-WEIGHTS = Path(__file__).parent / "weights"
 SETTINGS_FILE = "comparison.json"
 
 
@@ -219,11 +218,11 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
         base_model, network = hypernetwork
         if feature_network is None:
             feature_network = evaluation.FeatureNetwork.from_pretrained(
-                WEIGHTS / "glyphs" / "features.safetensors"
+                hypernetworks.WEIGHTS / "glyphs" / "features.safetensors"
             )
     else:
-        base_model, network = hypernetworks.load_pretrained(hypernetwork)
-        folder = WEIGHTS / hypernetwork if (WEIGHTS / hypernetwork).is_dir() else Path(hypernetwork)
+        base_model, network = hypernetworks.load_pretrained(hypernetwork, device)
+        folder = hypernetworks.resolve(hypernetwork)
         if feature_network is None:
             feature_network = evaluation.FeatureNetwork.from_pretrained(folder / "features.safetensors")
         if (folder / SETTINGS_FILE).is_file():

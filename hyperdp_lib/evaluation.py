@@ -243,6 +243,7 @@ def memorisation(
 
     A bigger set has nearer neighbours by size alone, so the two sets are first cut, at random by ``seed``, to
     one size.  No memorisation: ratio about 1, share about 0.5.  A copy of the training set: 0 and 1.
+    Read it beside precision: of samples far from all real images, one outlier may be the nearest of most.
 
     Returns
     -------

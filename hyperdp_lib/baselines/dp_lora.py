@@ -232,7 +232,7 @@ def train_dp_lora(
         noise_dimension=dimension,
         seconds=time.perf_counter() - started,
     )
-    budget = dict(epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation)
+    budget: dict[str, Any] = dict(epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation)
     return trained, _certify(trained, base_model, num_private_declared, seeded=seed is not None, **budget)
 
 
@@ -247,7 +247,8 @@ def _certify(
     seeded: bool,
 ) -> Certificate:
     """One charge for the whole run: under parallel composition all classes together cost what one does."""
-    plan, fields = trained.plan, {}
+    plan = trained.plan
+    fields: dict[str, Any] = {}
     if plan.noise_std == 0:
         mechanism, rng = certificate.NO_PRIVACY, certificate.NO_NOISE
         charge = LedgerEntry("other", "LoRA training without noise", math.inf, 0.0)
