@@ -1,6 +1,7 @@
 # make book   set up .venv, build the executed book            (first run: minutes; again: quick)
 # make test   set up .venv, lint, types, tests, notebooks
 # make results-table   rewrite the results table of README.md from book/results
+# make notebooks       run the notebooks, refresh their checked text, drop all other output
 # make clean  remove what the other targets made, .venv included
 
 SHELL := /bin/bash
@@ -29,7 +30,7 @@ define step
 	@echo "==> $(1)"; from=$$SECONDS; $(2); echo "    done: $(1) ($$((SECONDS - from)) s)"
 endef
 
-.PHONY: help setup book test lint types pytest results-table clean
+.PHONY: help setup book test lint types pytest notebooks results-table clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -61,6 +62,9 @@ types: $(READY)
 
 pytest: $(READY)
 	$(call step,tests and notebooks: pytest with nbval on $(JOBS) processes,$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --doctest-modules --nbval-lax hyperdp_lib tests notebooks)
+
+notebooks: $(READY)
+	$(call step,running the notebooks and refreshing their checked text,$(BIN)/python -m hyperdp_lib.notebook notebooks/*.ipynb)
 
 results-table: $(READY)
 	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.report README.md)

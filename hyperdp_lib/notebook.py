@@ -1,13 +1,17 @@
-"""What the notebooks share: the guard against misspelt parameters and the folders they read and write.
+"""What the notebooks share: the guard against misspelt parameters, and how they are committed.
 
 Papermill only *warns* about a parameter that the notebook does not have, so `-p epsilom 0.5` would run with
 the default and print a result for another privacy budget. Each notebook therefore states its parameters once
 more, right after its `parameters` cell, and the guard turns a typo into an error.
+
+`python -m hyperdp_lib.notebook notebooks/*.ipynb` runs notebooks and writes them back as they are committed:
+without outputs, but for the text of the cells marked NBVAL_CHECK_OUTPUT, which the tests compare.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +23,10 @@ from .data import InputError
 # filter comes first in every notebook because this module does.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
+_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 # what IPython itself puts into a notebook's namespace
 _IPYTHON_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
@@ -87,5 +95,41 @@ def results_folder() -> Path:
     raise InputError("no book/results here: run the notebook inside a clone of the HyperDP repository")
 
 
+def refresh(path: str | Path, *, timeout: int = 900) -> None:
+    """Run a notebook in its folder and keep nothing of it but the text of its checked cells.
+
+    Parameters
+    ----------
+    path
+        An `.ipynb`, rewritten in place.
+    timeout
+        Seconds that one cell may take.
+
+    Raises
+    ------
+    nbclient.exceptions.CellExecutionError
+        If a cell fails; the file is then left as it was.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = Path(path)
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    notebook.metadata = nbformat.from_dict(_METADATA)
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+        if cell.cell_type == "code":
+            checked = "NBVAL_CHECK_OUTPUT" in cell.source
+            cell.outputs = cell.outputs if checked else []
+            cell.execution_count = 1 if checked else None  # nbval compares only cells that were run
+    nbformat.write(notebook, path)
+
+
 def _article(type_name: str) -> str:
     return {"int": "an int", "float": "a number", "str": "a string"}.get(type_name, f"a {type_name}")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        refresh(argument)

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.notebook import require_known_parameters, results_folder
+from hyperdp_lib.notebook import refresh, require_known_parameters, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -67,8 +67,7 @@ def test_committed_outputs_are_checked_text_only(path: Path) -> None:
             assert [output.output_type for output in cell.outputs] == ["stream"]
             assert cell.outputs[0].name == "stdout"
         else:
-            assert not cell.outputs
-        assert cell.execution_count is None
+            assert not cell.outputs and cell.execution_count is None
 
 
 @each_notebook
@@ -101,6 +100,20 @@ def test_papermill_with_a_typo_fails_and_with_the_right_name_passes(tmp_path: Pa
     message = "no parameter 'epsilom'; did you mean 'epsilon'"
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         papermill.execute_notebook(str(short), str(tmp_path / "out.ipynb"), {"epsilom": 0.5}, **run)
+
+
+def test_refresh_keeps_the_checked_text_only(tmp_path: Path) -> None:
+    cells = ["print('kept')  # NBVAL_CHECK_OUTPUT", "print('dropped')"]
+    path = tmp_path / "small.ipynb"
+    new = [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(nbformat.v4.new_notebook(cells=new), path)
+    refresh(path)
+    checked, other = code_cells(path)
+    assert checked.outputs[0].text == "kept\n" and checked.execution_count == 1
+    assert not other.outputs and other.execution_count is None
+    first = path.read_text(encoding="utf-8")
+    refresh(path)
+    assert path.read_text(encoding="utf-8") == first
 
 
 def test_guard_checks_types() -> None:
