@@ -64,18 +64,19 @@ def _release(options: argparse.Namespace) -> None:
     from hyperdp_lib import data, hypernetwork, release
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
-    private = data.load_named_or_path(
-        options.images, *_geometry(base_model), labelled=not options.unlabelled
-    )
+    private = data.load_named_or_path(options.images, *_geometry(base_model), labelled=not options.unlabelled)
+    private_images = -private.images if options.invert else private.images
     for note in private.notes:
         _tell(note)
+    # The next two depend on private data: they go to the operator's screen and nowhere else.
     if options.delta > 1.0 / len(private):
-        # n may itself be private: this goes to the operator's screen and nowhere else
         _tell(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
+    if private_images.shape[1] == 1 and private_images.mean() > 0:
+        _tell("note: these images are more white than black; a model of white on black wants --invert")
     if options.seed is not None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
     adapter, certificate = release.release(
-        private.images.to(options.device),
+        private_images.to(options.device),
         network.to(options.device),
         epsilon=options.epsilon,
         delta=options.delta,
@@ -102,6 +103,7 @@ def _release(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     _check_count("--num-images", options.num_images)
+    _check_count("--num-steps", options.num_steps)
     _check_output(options.out, options.overwrite, suffix=".npz")
     if options.grid is not None:
         _check_output(options.grid, options.overwrite, suffix=".png")
@@ -121,9 +123,10 @@ def _sample(options: argparse.Namespace) -> None:
         base_model,
         adapter.to(options.device),
         num_images=each * num_adapters,
-        generator=torch.Generator(options.device).manual_seed(options.seed),
+        generator=torch.Generator().manual_seed(options.seed),
         num_steps=options.num_steps,
-    ).cpu()
+        progress=True,
+    )
     # image i of adapter k is kept while i * num_adapters + k < num_images: the shares differ by one at most
     owner = torch.arange(num_adapters).repeat_interleave(each)
     turn = torch.arange(each).repeat(num_adapters) * num_adapters + owner
@@ -208,7 +211,10 @@ def _train(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import training
 
-    training.train(options.preset, device=options.device, out=options.out, resume=not options.restart)
+    weights = training.train(
+        options.preset, device=options.device, out=options.out, resume=not options.restart
+    )
+    print(f"wrote {weights}")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -367,6 +373,7 @@ def _parser() -> _Parser:
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
     add("--num-samples", type=int, default=10, help="images per class on samples.png; default: 10, none: 0")
+    add("--invert", action="store_true", help="swap black and white; the glyphs model draws white on black")
     add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace an earlier release in DIR")
@@ -405,7 +412,7 @@ def _parser() -> _Parser:
 
     add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
     add("--preset", required=True, metavar="NAME", help="for example: glyphs")
-    add("--out", type=Path, metavar="DIR", help="folder of weights and checkpoints")
+    add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME")
     add("--restart", action="store_true", help="begin anew rather than resume")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
 
