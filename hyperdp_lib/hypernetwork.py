@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, LoraGeometry, lora_geometry
+from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 
@@ -79,6 +80,7 @@ class HyperNetwork(nn.Module):
         self.head_a = nn.Linear(config.head_width, sum(sizes_a))
         self.head_b = nn.Linear(config.head_width, sum(sizes_b))
         self._sizes = (sizes_a, sizes_b)
+        self.base_model_sha256: str | None = None  # set once the base model is final
         self._initialise()
 
     def _initialise(self) -> None:
@@ -182,4 +184,5 @@ def load_pretrained(name_or_path: str | Path = "glyphs", device: str = "cpu") ->
     hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
     state = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
     hypernetwork.load_state_dict(state | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
+    hypernetwork.base_model_sha256 = tensors_sha256(base_model.state_dict())
     return base_model.to(device), hypernetwork.to(device).eval().requires_grad_(False)

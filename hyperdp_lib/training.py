@@ -59,11 +59,11 @@ class Preset:
     features_stage: StageConfig = StageConfig(800, 128, 3, 1e-3)
     encoder_stage: StageConfig = StageConfig(1200, 64, 20, 1e-3)
     base_stage: StageConfig = StageConfig(1200, 64, 8, 2e-3)
-    joint_stage: StageConfig = StageConfig(4000, 64, 8, 1e-3, 0.999)
+    joint_stage: StageConfig = StageConfig(4000, 64, 8, 1.5e-3, 0.999)
     feature_classes: int = 2048
     pool_tasks: int = 2048  # tasks in play at a time during `joint`
     pool_images: int = 80  # images of each; also the largest support set
-    fresh_tasks: int = 24  # of which so many are replaced by new ones at every step
+    fresh_tasks: int = 12  # of which so many are replaced by new ones at every step
     set_size: tuple[int, int] = (8, 8192)  # the set sizes the hypernetwork is trained for, log-uniform
     mean_noise: tuple[float, float] = (5e-4, 0.5)  # and the noise std on the mean, log-uniform
     adapter_off: float = 0.1  # share of tasks with no adapter, so that the base stays a model of its own
@@ -424,11 +424,11 @@ def train(
     if "base" in stages:
         train_base(preset, source, out, device)
     if "joint" in stages:
-        features = train_features(preset, source, out, device)
         encoder = train_encoder(preset, source, out, device)
         base = train_base(preset, source, out, device)
         held_out = GlyphTasks(preset.glyphs, "held_out")
         base, hypernetwork = train_joint(preset, source, held_out, base, encoder, out, device)
+        features = train_features(preset, source, out, device)
         write_weights(name, preset, source, out, base, hypernetwork, features, device)
     return out / "weights"
 

@@ -1,0 +1,252 @@
+"""Private images in, adapter and certificate out: the one composition of embedding, mechanism and hypernetwork.
+
+Private data is read in one place, the loop that feeds ``mechanism.noisy_sum``. Everything after it sees the noisy sum
+only, and is therefore free of privacy cost.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor, nn
+
+from hyperdp_lib import accounting, certificate, mechanism
+from hyperdp_lib.adapter import Adapter, save_adapter
+from hyperdp_lib.artefacts import EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
+from hyperdp_lib.certificate import Certificate
+from hyperdp_lib.data import InputError
+from hyperdp_lib.diffusion import sample
+from hyperdp_lib.embedding import embed_batches
+from hyperdp_lib.hypernetwork import HyperNetwork
+
+
+class Release(NamedTuple):
+    """What leaves the private side: the adapter, its certificate, and the noisy sum (K, k) it was decoded from.
+
+    The noisy sum is as public as the adapter: a better hypernetwork decodes it again at no further privacy cost.
+    """
+
+    adapter: Adapter
+    certificate: Certificate
+    noisy_sum: np.ndarray
+
+
+def release(
+    private_images: Tensor,
+    hypernetwork: HyperNetwork,
+    *,
+    epsilon: float | None = None,
+    delta: float = 1e-5,
+    noise_multiplier: float | None = None,
+    neighboring_relation: str = "add_or_remove_one",
+    private_labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int | None = None,
+    batch_size: int = 1024,
+) -> Release:
+    """Turn private images into one adapter (or one a class) with one noisy sum.
+
+    Parameters
+    ----------
+    private_images : (N, C, H, W) float in [-1, 1], the size of the base model.
+    hypernetwork : public, see ``load_pretrained``.
+    epsilon, noise_multiplier : exactly one of them; the noise multiplier is sigma over sensitivity.
+    delta : of (epsilon, delta)-differential privacy, in (0, 1).
+    neighboring_relation : ``add_or_remove_one`` (the number of images stays secret), ``replace_one``, ``zero_out``.
+    private_labels : (N,) in 0..K-1, with ``class_names`` (public) of length K; one adapter a class.
+    seed : None for secret noise from the operating system. A number makes reproducible noise, for books and tests, and
+        everything made with it is stamped as not private. ``epsilon=math.inf`` (no noise) needs a seed.
+
+    Raises
+    ------
+    InputError
+        before anything is drawn, if an argument is out of range or the images are not what the model expects.
+
+    Examples
+    --------
+    >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP
+    >>> adapter, certificate, noisy_sum = release(private_images, hypernetwork, epsilon=1.0)  # doctest: +SKIP
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise InputError("give exactly one of epsilon and noise_multiplier")
+    _check_images(private_images, hypernetwork)
+    names = _check_labels(private_images, private_labels, class_names)
+    try:
+        if noise_multiplier is None:
+            noise_multiplier = accounting.noise_multiplier(epsilon, delta)
+        config = mechanism.GaussianSum(
+            dimension=hypernetwork.encoder.config.dimension,
+            noise_multiplier=noise_multiplier,
+            num_rows=max(1, len(names)),
+            neighboring_relation=neighboring_relation,
+        )
+        statement = certificate.gaussian_certificate(
+            config,
+            delta,
+            seeded=seed is not None,
+            epsilon=epsilon,
+            num_private=len(private_images),
+            class_names=names,
+            encoder_sha256=tensors_sha256(hypernetwork.encoder.state_dict()),
+            hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
+            base_model_sha256=hypernetwork.base_model_sha256,
+        )
+        rows = None if private_labels is None else private_labels.cpu().numpy()
+        noisy_sum = mechanism.noisy_sum(_embedded(private_images, rows, hypernetwork, batch_size), config, seed=seed)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error)) from error
+    return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)
+
+
+@torch.no_grad()
+def decode(
+    noisy_sum: np.ndarray, noise_std: float, hypernetwork: HyperNetwork, class_names: Sequence[str] = ()
+) -> Adapter:
+    """Adapter from a released noisy sum (K, k): post-processing, repeatable with any hypernetwork of the same encoder."""
+    device = next(hypernetwork.parameters()).device
+    sums = torch.from_numpy(np.asarray(noisy_sum)).to(device, torch.float32)
+    return hypernetwork(sums, noise_std, tuple(class_names) or ("adapter",)).detach()
+
+
+def _embedded(
+    private_images: Tensor, private_rows: np.ndarray | None, hypernetwork: HyperNetwork, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    starts = range(0, len(private_images), batch_size)
+    codes = embed_batches(hypernetwork.encoder, (private_images[i : i + batch_size] for i in starts))
+    for i, batch in zip(starts, codes, strict=True):
+        yield batch, None if private_rows is None else private_rows[i : i + batch_size]
+
+
+def _check_images(private_images: Tensor, hypernetwork: HyperNetwork) -> None:
+    config = hypernetwork.encoder.config
+    expected = (config.channels, config.image_size, config.image_size)
+    if private_images.ndim != 4 or tuple(private_images.shape[1:]) != expected:
+        raise InputError(f"images must have shape (N, {', '.join(map(str, expected))}): use data.load_images to make them so")
+    if not private_images.is_floating_point() or not torch.isfinite(private_images).all():
+        raise InputError("images must be finite floats in [-1, 1]: use data.to_model_range on 8-bit images")
+    if len(private_images) and (private_images.amin() < -1.001 or private_images.amax() > 1.001):
+        raise InputError("images must lie in [-1, 1]: use data.to_model_range on 8-bit images")
+
+
+def _check_labels(
+    private_images: Tensor, private_labels: Tensor | None, class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    if private_labels is None:
+        if class_names:
+            raise InputError("class_names are given but private_labels are not: give both or neither")
+        return ()
+    if not class_names:
+        raise InputError("private_labels need class_names: which classes exist is public and must be declared")
+    if private_labels.shape != (len(private_images),):
+        raise InputError("private_labels must hold one label for each image")
+    if len(set(class_names)) != len(class_names):
+        raise InputError("class_names must all be different")
+    for name in class_names:
+        if not name or name.startswith(".") or any(c in name for c in '/\\:\0'):
+            raise InputError(f"the class name {name!r} cannot be a folder name: rename the class")
+    return tuple(class_names)
+
+
+def save_release(
+    folder: str | Path,
+    released: Release,
+    base_model: nn.Module,
+    *,
+    base_model_name: str = "hyperdp_lib/weights/glyphs/base",
+    num_samples: int = 100,
+    overwrite: bool = False,
+) -> Path:
+    """Write the release folder: PEFT adapter(s), certificate, noisy sum, model card, sample sheet.
+
+    The folder appears complete or not at all: it is written beside its place and then renamed.
+
+    Raises
+    ------
+    InputError
+        if the folder exists and ``overwrite`` is False.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise InputError(f"{str(folder)!r} exists: choose another --out, or --overwrite")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    adapter, statement, noisy_sum = released
+    try:
+        os.chmod(temporary, 0o755)
+        for i, name in enumerate(statement.class_names or ("",)):
+            where = temporary / "classes" / name if name else temporary
+            card = model_card(statement, adapter.lora_config, base_model, base_model_name, name)
+            save_adapter(adapter[i], where, base_model_name_or_path=base_model_name, model_card=card)
+        if statement.class_names:
+            card = model_card(statement, adapter.lora_config, base_model, base_model_name, statement.class_names[0])
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / EMBEDDING_FILE).write_bytes(to_safetensors({EMBEDDING_TENSOR: np.ascontiguousarray(noisy_sum)}))
+        if num_samples:
+            _write_samples(temporary / "samples.png", adapter, base_model, num_samples)
+        certificate.write_certificate(statement, temporary)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / "release")
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write_samples(path: Path, adapter: Adapter, base_model: nn.Module, num_samples: int) -> None:
+    """A sheet with one row a class (or ten columns); the samples are post-processing, their seed is of no matter."""
+    from PIL import Image
+
+    from hyperdp_lib.data import to_uint8
+
+    members = adapter.num_adapters
+    columns = max(1, num_samples // members) if members > 1 else min(10, num_samples)
+    total = columns * members if members > 1 else num_samples - num_samples % columns
+    images = to_uint8(sample(base_model, adapter, total, generator=torch.Generator().manual_seed(0)))
+    rows = images.reshape(-1, columns, *images.shape[1:])
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
+    picture = Image.fromarray(sheet)
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+
+
+def model_card(statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, name: str) -> str:
+    """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only."""
+    where = f"classes/{name}" if name else "."
+    what = f"class `{name}` of {len(statement.class_names)}" if name else "one unlabelled data set"
+    channels, size = base_model.config.in_channels, base_model.config.sample_size
+    return f"""{statement.sentence}
+
+LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}. Made from private images by one noisy
+sum of embeddings and a hypernetwork trained on public data. `certificate.json` says exactly what was released;
+`hyperdp verify` recomputes it.
+
+```python
+import torch
+from diffusers import {type(base_model).__name__}, FlowMatchEulerDiscreteScheduler
+from peft import PeftModel
+
+base = {type(base_model).__name__}.from_pretrained("{base_model_name}").float()
+model = PeftModel.from_pretrained(base, "{where}").eval()
+scheduler = FlowMatchEulerDiscreteScheduler()
+scheduler.set_timesteps(20)
+x = torch.randn(16, {channels}, {size}, {size})
+labels = torch.zeros(16, dtype=torch.long)
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        velocity = model(x, timestep=t.expand(16), class_labels=labels).sample
+        x = scheduler.step(velocity, t, x).prev_sample
+images = x.clamp(-1, 1)  # white on black, -1 is black
+```
+"""
