@@ -150,7 +150,7 @@ def dp_sgd_epsilon(
         raise ValueError("DP-SGD has a proven epsilon for add_or_remove_one and zero_out only")
     if not 0 < sample_rate <= 1 or steps < 1 or not 0 <= noise_multiplier < math.inf:
         raise ValueError("need 0 < sample_rate <= 1, steps >= 1 and a finite noise_multiplier >= 0")
-    if noise_multiplier == 0:
+    if noise_multiplier < 0.02:  # nothing worth stating, and too wide for the accountants
         return math.inf
     if sample_rate == 1:
         return _smallest(lambda value: _gaussian_delta(steps**0.5 / noise_multiplier, value) <= delta)
@@ -186,6 +186,8 @@ def pld_epsilon(parts: Sequence[tuple[float, float, int]], delta: float) -> floa
     """Epsilon of several ``(noise_multiplier, sample_rate, steps)`` by dp-accounting; slack included."""
     import dp_accounting
 
+    if min(m for m, _, _ in parts) < 0.02:
+        return math.inf
     accountant = dp_accounting.pld.PLDAccountant()
     xi = log_c = 0.0
     for m, rate, steps in parts:
@@ -219,8 +221,7 @@ def _smallest(good: Callable[[float], bool], tolerance: float = 1e-13) -> float:
     """The smallest good number above 1e-12, from above: the result itself is good (``good`` is monotone)."""
     high = 1.0
     while not good(high):
-        high *= 2
-        if high > 1e18:
+        if (high := 2 * high) > 1e18:
             raise ValueError("the privacy budget is too small to be reached with 64-bit floats")
     while high > 1e-12 and good(high / 2):
         high /= 2

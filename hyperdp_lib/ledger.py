@@ -54,8 +54,8 @@ class LedgerEntry:
             raise ValueError(f"the kind of a ledger entry must be one of {', '.join(KINDS)}")
         if self.kind in ("gaussian", "dp_sgd") and self.noise_multiplier is None:
             raise ValueError(f"a ledger entry of kind {self.kind} needs its noise_multiplier")
-        if not 0 < self.sample_rate <= 1 or self.steps < 1 or not self.delta < 1:
-            raise ValueError("a ledger entry needs 0 < sample_rate <= 1, steps >= 1 and delta < 1")
+        if not (0 < self.sample_rate <= 1 and 1 <= self.steps <= 10**7 and self.delta < 1):
+            raise ValueError("a ledger entry needs 0 < sample_rate <= 1, 1 <= steps <= 10**7 and delta < 1")
         if self.kind == "gaussian" and (self.sample_rate, self.steps) != (1.0, 1):
             raise ValueError("a ledger entry of kind gaussian is one unsampled release")
 

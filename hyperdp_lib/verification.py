@@ -103,14 +103,14 @@ def _independent_epsilon(certificate: Certificate) -> float | None:
 
     private = [entry for entry in certificate.ledger if entry.private]
     multipliers = [entry.noise_multiplier or 0.0 for entry in private]
+    sampled = any(entry.sample_rate < 1 for entry in private)
     if not private or any(entry.kind == "other" for entry in private) or 0.0 in multipliers:
         return None
-    sampled = any(entry.sample_rate < 1 for entry in private)
     if not sampled:
         steps = [entry.steps for entry in private]
         squared = math.fsum(n / m**2 for m, n in zip(multipliers, steps, strict=True))
         return float(dp_accounting.get_epsilon_gaussian(squared**-0.5, certificate.delta))
-    if certificate.neighboring_relation == "replace_one":
+    if certificate.neighboring_relation == "replace_one" or math.isinf(certificate.epsilon):
         return None
     accountant = dp_accounting.pld.PLDAccountant()
     for entry, multiplier in zip(private, multipliers, strict=True):
@@ -220,8 +220,10 @@ def _embedding(certificate: Certificate, folder: Path) -> Iterator[str]:
     elif not np.isfinite(values).all():
         yield f"{EMBEDDING_FILE} holds numbers that are not finite"
     else:
-        steps = values / ((certificate.clip_norm or 1.0) / 2 ** (certificate.grid_bits or 0))
-        if np.any(np.abs(steps - np.rint(steps)) > 1e-9 + 1e-15 * np.abs(steps)):
+        with np.errstate(all="ignore"):
+            steps = values / math.ldexp(certificate.clip_norm or 1.0, -(certificate.grid_bits or 0))
+            off_grid = np.abs(steps - np.rint(steps))
+        if not np.all(off_grid <= 1e-9 + 1e-15 * np.abs(steps)):
             yield f"{EMBEDDING_FILE} does not lie on the grid of the mechanism"
 
 

@@ -1,0 +1,476 @@
+"""Certificates: strict JSON, honest sentences, the ledger, and a verification that finds every tampering."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from hyperdp_lib import accounting, artefacts
+from hyperdp_lib import certificate as certificates
+from hyperdp_lib.certificate import STAMP, Certificate, LedgerEntry, gaussian_certificate, gaussian_charge
+from hyperdp_lib.ledger import ledger_epsilon
+from hyperdp_lib.mechanism import GaussianSum, noisy_sum
+from hyperdp_lib.verification import verify
+
+MULTIPLIER = accounting.noise_multiplier(1.0, 1e-5)
+CONFIG = GaussianSum(dimension=8, noise_multiplier=MULTIPLIER, num_rows=2)
+
+
+def make_certificate(**changes):
+    known = {"epsilon": 1.0, "seeded": False, "class_names": ("0", "1"), "base_model_sha256": "b" * 64}
+    return gaussian_certificate(CONFIG, 1e-5, **(known | changes))
+
+
+def write_release(folder, certificate, config=CONFIG):
+    """A small but complete release: two class adapters, the embedding, the card and the certificate."""
+    for name in certificate.class_names:
+        adapter = folder / "classes" / name
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "glyphs"}')
+        save_file({"lora_A": np.ones((2, 3), np.float32)}, adapter / "adapter_model.safetensors")
+    released = noisy_sum([], config, seed=None if certificate.private else 0)
+    save_file({"noisy_sum": released}, folder / "embedding.safetensors")
+    (folder / "README.md").write_text(f"---\nlibrary_name: peft\n---\n{certificate.sentence}\n\nMore.\n")
+    certificates.write_certificate(certificate, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return write_release(tmp_path_factory.mktemp("release"), make_certificate())
+
+
+@pytest.fixture
+def release(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "copy")
+
+
+def read(folder):
+    return Certificate.from_json((folder / "certificate.json").read_text())
+
+
+def rewrite(folder, **changes):
+    """Write a changed certificate with a valid checksum and card: only the numbers can give it away."""
+    changed = dataclasses.replace(read(folder), **changes)
+    (folder / "README.md").write_text(changed.sentence + "\n")
+    certificates.write_certificate(changed, folder)
+
+
+# ---- sentences ------------------------------------------------------------
+
+
+def test_sentence_of_a_private_release():
+    assert make_certificate().sentence == (
+        "This adapter is (epsilon = 1, delta = 1e-05)-differentially private "
+        "with respect to adding or removing one image."
+    )
+
+
+def test_sentence_of_a_demonstration_is_stamped():
+    certificate = make_certificate(seeded=True)
+    assert certificate.sentence.startswith(STAMP) and not certificate.private
+
+
+def test_sentence_without_noise_is_stamped():
+    config = GaussianSum(8, 0.0, num_rows=2)
+    certificate = gaussian_certificate(config, 1e-5, seeded=True)
+    assert "NOT PRIVATE" in certificate.sentence and certificate.epsilon == math.inf
+    assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+def test_no_epsilon_without_a_charge():
+    certificate = dataclasses.replace(make_certificate(), ledger=())
+    assert certificate.sentence.startswith("No epsilon can be stated")
+    other = (gaussian_charge("something else", 50.0, 1e-5),)
+    assert "epsilon =" not in dataclasses.replace(certificate, ledger=other).sentence
+
+
+def test_sentence_of_the_public_control():
+    certificate = certificates.ledger_certificate(
+        (),
+        0.0,
+        method="public_only",
+        mechanism=certificates.NO_PRIVATE_DATA,
+        neighboring_relation="add_or_remove_one",
+        rng=certificates.NO_NOISE,
+    )
+    assert certificate.epsilon == 0 and "no private image was read" in certificate.sentence
+
+
+@given(st.floats(1e-6, 1e6))
+def test_printed_numbers_are_never_below_the_true_ones(value):
+    assert value <= float(certificates._rounded_up(value)) <= value * (1 + 1.1e-5)
+
+
+# ---- fields and ledger ------------------------------------------------------------
+
+
+def test_derived_fields():
+    certificate = make_certificate(num_private=1437)
+    assert certificate.epsilon == 1.0 and certificate.num_private is None  # n is secret under this relation
+    assert certificate.mu == pytest.approx(1 / MULTIPLIER) and certificate.rho == pytest.approx(
+        0.03592, abs=1e-4
+    )
+    assert (
+        certificate.rng == "operating system (OpenDP)" and "noisy count" in certificate.num_private_treatment
+    )
+    config = dataclasses.replace(CONFIG, neighboring_relation="replace_one")
+    public = gaussian_certificate(config, 1e-5, seeded=False, num_private=1437)
+    assert (public.num_private, public.num_private_treatment, public.sensitivity) == (1437, "public", 2.0)
+    with pytest.raises(ValueError, match="secret"):
+        dataclasses.replace(make_certificate(), num_private=1437)
+
+
+def test_a_budget_that_is_not_the_cost_is_not_stated():
+    assert make_certificate(epsilon=0.5).epsilon == pytest.approx(1.0)
+    assert make_certificate(epsilon=7.0).epsilon == pytest.approx(1.0)
+
+
+def test_earlier_charges_count():
+    entry = gaussian_charge("a noisy score", MULTIPLIER, 1e-5)
+    certificate = make_certificate(ledger=(entry,))
+    assert certificate.epsilon == pytest.approx(accounting.epsilon([MULTIPLIER] * 2, 1e-5))
+    assert certificate.mu == pytest.approx(math.sqrt(2) / MULTIPLIER)
+
+
+def test_ledger_composition_of_every_kind():
+    gaussian = gaussian_charge("sum", 4.0, 1e-5)
+    sgd = LedgerEntry("dp_sgd", "a run", 1.0, 1e-5, None, 2.0, 0.1, 50)
+    other = LedgerEntry("other", "a black box", 0.5, 2e-6)
+    public = LedgerEntry("declared_public", "n = 1437", 0.0, 0.0)
+    relation = "add_or_remove_one"
+
+    def total(*entries, relation=relation):
+        return ledger_epsilon(entries, 1e-5, relation)
+
+    assert total() == total(public) == 0.0
+    assert total(gaussian, public) == total(gaussian)
+    assert total(gaussian, other) == pytest.approx(0.5 + accounting.epsilon(4.0, 8e-6))
+    assert total(other, other, other, other, other, other) == math.inf  # delta is used up
+    assert max(total(sgd), total(gaussian)) < total(sgd, gaussian) < total(sgd) + total(gaussian) + 1.0
+    assert total(sgd, sgd) > total(sgd)
+    cheap = dataclasses.replace(sgd, delta=1e-6)
+    assert total(cheap, gaussian, relation="replace_one") == pytest.approx(
+        1.0 + accounting.epsilon(4.0, 9e-6)
+    )
+    assert total(gaussian_charge("none", 0.0, 1e-5)) == math.inf
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "laplace"},
+        {"epsilon": -1.0},
+        {"epsilon": math.nan},
+        {"delta": 1.0},
+        {"noise_multiplier": None},
+        {"steps": 0},
+        {"sample_rate": 0.5},
+        {"description": 3},
+    ],
+)
+def test_ledger_entries_are_checked(change):
+    with pytest.raises(ValueError):
+        dataclasses.replace(gaussian_charge("sum", 4.0, 1e-5), **change)
+
+
+# ---- JSON ------------------------------------------------------------
+
+
+def test_json_round_trip():
+    certificate = make_certificate(warnings=("β",), ledger=(gaussian_charge("a look", 9.0, 1e-5),))
+    assert Certificate.from_json(certificate.to_json()) == certificate
+
+
+def test_every_changed_digit_is_noticed():
+    text = make_certificate().to_json()
+    for position, character in enumerate(text):
+        if character.isdigit():
+            edited = text[:position] + str((int(character) + 1) % 10) + text[position + 1 :]
+            with pytest.raises(ValueError):
+                Certificate.from_json(edited)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "lacks"),
+        ("[" * 100_000, "nested"),
+        ('{"epsilon": 1, "epsilon": 2}', "repeated key"),
+        ('{"epsilon": NaN}', "NaN"),
+        ('{"epsilon": 1e999}', "too large"),
+    ],
+)
+def test_malformed_json(text, message):
+    with pytest.raises(ValueError, match=message):
+        Certificate.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epsilon", "1"),
+        ("epsilon", True),
+        ("epsilon", -1.0),
+        ("demonstration", 0),
+        ("grid_bits", 20.5),
+        ("class_names", "01"),
+        ("class_names", [1]),
+        ("ledger", [{}]),
+        ("ledger", {}),
+        ("artefact_sha256", {"a": 1}),
+        ("neighboring_relation", "nobody"),
+        ("rng", "dice"),
+        ("mechanism", "hope"),
+        ("surplus", 1),
+    ],
+)
+def test_wrong_fields(key, value):
+    values = json.loads(make_certificate().to_json())
+    with pytest.raises(ValueError):
+        Certificate.from_json(json.dumps(values | {key: value}))
+
+
+# ---- verification ------------------------------------------------------------
+
+
+def test_an_intact_release_has_no_problems(intact):
+    assert verify(intact) == []
+    assert certificates.verify(intact, base_model_sha256="b" * 64) == []
+
+
+@pytest.mark.parametrize("epsilon", [0.25, 8.0])
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one", "zero_out"])
+def test_intact_releases_of_every_relation(tmp_path, epsilon, relation):
+    multiplier = accounting.noise_multiplier(epsilon, 1e-5)
+    config = GaussianSum(8, multiplier, 2, clip_norm=1 / 3, neighboring_relation=relation)
+    entry = gaussian_charge("a noisy score", 30.0, 1e-5)
+    fields = {"class_names": ("0", "1"), "num_private": 100, "ledger": (entry,)}
+    certificate = gaussian_certificate(config, 1e-5, seeded=epsilon > 1, **fields)
+    assert verify(write_release(tmp_path, certificate, config)) == []
+
+
+def test_a_dp_sgd_release_verifies(tmp_path):
+    multiplier = accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.1, 50)
+    certificate = certificates.ledger_certificate(
+        [LedgerEntry("dp_sgd", "DP-SGD LoRA", 2.0, 1e-5, None, multiplier, 0.1, 50)],
+        1e-5,
+        method="dp_lora",
+        mechanism=certificates.DP_SGD,
+        neighboring_relation="add_or_remove_one",
+        rng=certificates.FLOAT_NOISE,
+        epsilon=2.0,
+        noise_multiplier=multiplier,
+        noise_std=0.5 * multiplier,
+        clip_norm=0.5,
+        sensitivity=0.5,
+    )
+    assert certificate.epsilon == 2.0 and certificate.rho is None
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "glyphs"}')
+    save_file({"lora_A": np.ones((2, 3), np.float32)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "README.md").write_text(certificate.sentence)
+    certificates.write_certificate(certificate, tmp_path)
+    assert verify(tmp_path) == []
+    rewrite(tmp_path, epsilon=1.5)
+    assert any("ledger comes to" in problem for problem in verify(tmp_path))
+
+
+LIES = {
+    "smaller epsilon": ({"epsilon": 0.9}, "ledger comes to"),
+    "slightly smaller epsilon": ({"epsilon": 0.9999}, "ledger comes to"),
+    "larger epsilon": ({"epsilon": 1.1}, "ledger comes to"),
+    "smaller delta": ({"delta": 1e-6}, "ledger comes to"),
+    "smaller mu": ({"mu": 0.2}, "mu or rho"),
+    "smaller rho": ({"rho": 0.03}, "mu or rho"),
+    "smaller noise": ({"noise_std": 1.0}, "noise_std is not"),
+    "smaller sensitivity": ({"sensitivity": 0.5}, "sensitivity of add_or_remove_one"),
+    "add/remove noise sold as replace-one": (
+        {"neighboring_relation": "replace_one"},
+        "sensitivity of replace_one",
+    ),
+    "no charge": ({"ledger": ()}, "not charged"),
+    "stamp removed": ({"demonstration": False, "rng": "seeded demonstration"}, "stamp"),
+    "stamp forged": ({"demonstration": True}, "stamp"),
+    "another grid": ({"grid_bits": 3}, "grid"),
+    "another clip norm": ({"clip_norm": 0.7, "sensitivity": 0.7, "noise_std": MULTIPLIER * 0.7}, "grid"),
+    "another dimension": ({"dimension": 9}, "shape"),
+    "another number of rows": ({"num_rows": 3}, "3 rows were released for 2 classes"),
+    "no dimension": ({"dimension": None}, "not stated"),
+    "no clip norm": ({"clip_norm": None}, "not stated"),
+    "a class too many": ({"class_names": ("0", "1", "2")}, "2 class adapters are listed for 3"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_consistent_looking_lie_is_found(release, lie):
+    changes, expected = LIES[lie]
+    rewrite(release, **changes)
+    problems = verify(release)
+    assert any(expected in problem for problem in problems), problems
+
+
+def swap_adapters(folder):
+    weights = folder / "classes" / "0" / "adapter_model.safetensors"
+    save_file({"lora_A": np.zeros((2, 3), np.float32)}, weights)
+
+
+def unlisted_class(folder):
+    shutil.copytree(folder / "classes" / "0", folder / "classes" / "2")
+
+
+def other_base(folder):
+    config = folder / "classes" / "1" / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "another"}')
+    rewrite(folder)
+
+
+def broken_config(folder):
+    (folder / "classes" / "1" / "adapter_config.json").write_text("[1]")
+    rewrite(folder)
+
+
+def changed_embedding(folder):
+    save_file({"noisy_sum": np.zeros((2, 8))}, folder / "embedding.safetensors")
+
+
+def float32_embedding(folder):
+    save_file({"noisy_sum": np.zeros((2, 8), np.float32)}, folder / "embedding.safetensors")
+    rewrite(folder)
+
+
+def nan_embedding(folder):
+    save_file({"noisy_sum": np.full((2, 8), np.nan)}, folder / "embedding.safetensors")
+    rewrite(folder)
+
+
+def truncated_embedding(folder):
+    path = folder / "embedding.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    rewrite(folder)
+
+
+def symlink(folder):
+    (folder / "embedding.safetensors").rename(folder.parent / "elsewhere")
+    (folder / "embedding.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+def outside(folder):
+    listed = read(folder).artefact_sha256 | {
+        "../../etc/passwd": "0" * 64,
+        "/etc/passwd": "0" * 64,
+        "a\0b": "0",
+    }
+    changed = dataclasses.replace(read(folder), artefact_sha256=listed)
+    (folder / "certificate.json").write_text(changed.to_json())
+
+
+TAMPERINGS = {
+    "adapter swapped": (swap_adapters, "is not the file that was released"),
+    "class adapter added": (unlisted_class, "classes/2 is not listed"),
+    "adapter for another base": (other_base, "different base models"),
+    "adapter configuration broken": (broken_config, "not the configuration of an adapter"),
+    "adapter missing": (lambda f: (f / "classes/0/adapter_model.safetensors").unlink(), "is missing"),
+    "embedding changed": (changed_embedding, "is not the file that was released"),
+    "embedding in float32": (float32_embedding, "one float64 tensor"),
+    "embedding not finite": (nan_embedding, "not finite"),
+    "embedding truncated": (truncated_embedding, "not a safetensors file"),
+    "embedding a link": (symlink, "not a file of this folder"),
+    "files outside": (outside, "not a file of this folder"),
+    "pickle added": (lambda f: (f / "weights.pkl").write_bytes(b"x"), "can carry code"),
+    "card changed": (lambda f: (f / "README.md").write_text("Perfectly private."), "README.md"),
+    "card missing": (lambda f: (f / "README.md").unlink(), "README.md is missing"),
+    "certificate missing": (lambda f: (f / "certificate.json").unlink(), "cannot be read"),
+    "certificate not text": (lambda f: (f / "certificate.json").write_bytes(b"\xff\xfe"), "certificate.json"),
+    "certificate a folder": (
+        lambda f: [(f / "certificate.json").unlink(), (f / "certificate.json").mkdir()],
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_tampering_is_found(release, name):
+    tamper, expected = TAMPERINGS[name]
+    tamper(release)
+    problems = verify(release)
+    assert any(expected in problem for problem in problems), problems
+
+
+def test_another_base_model_at_hand(intact):
+    assert verify(intact, base_model_sha256="c" * 64) == [
+        "the adapters were made for another base model than the one at hand"
+    ]
+
+
+def test_the_checksum_is_not_the_only_guard(release):
+    text = (release / "certificate.json").read_text()
+    (release / "certificate.json").write_text(
+        text.replace('"method": "dp_deepsets"', '"method": "dp_deepset"')
+    )
+    assert verify(release) == [
+        "certificate.json was changed after it was written: its checksum does not match"
+    ]
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzzed_certificates_never_raise(release, data):
+    """Any field replaced by anything, with a right checksum wherever the result can be read at all."""
+    path = release / "certificate.json"
+    original = path.read_text()
+    values = json.loads(original)
+    values[data.draw(st.sampled_from(sorted(values)))] = data.draw(JSON_VALUES)
+    values.pop("checksum")
+    path.write_text(json.dumps(values | {"checksum": certificates._checksum(values)}))
+    assert all(isinstance(problem, str) for problem in verify(release))
+    path.write_bytes(original.encode()[: data.draw(st.integers(0, len(original) - 3))])
+    assert verify(release) != []
+    path.write_text(original)
+
+
+# ---- files ------------------------------------------------------------
+
+
+def test_atomic_writing_leaves_no_traces(tmp_path):
+    artefacts.write_atomic(tmp_path / "a", b"1")
+    artefacts.write_atomic(tmp_path / "a", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"2"
+    with pytest.raises(TypeError):
+        artefacts.write_atomic(tmp_path / "b", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_tensor_hashes_see_names_types_shapes_and_values():
+    base = {"a": np.zeros((2, 2), np.float32), "b": np.ones(3)}
+    variants = [
+        base,
+        {"c": base["a"], "b": base["b"]},
+        {"a": base["a"].reshape(4), "b": base["b"]},
+        {"a": base["a"].astype(np.float64), "b": base["b"]},
+        {"a": base["a"] + 1, "b": base["b"]},
+    ]
+    assert len({artefacts.tensors_sha256(variant) for variant in variants}) == len(variants)
+    assert artefacts.tensors_sha256(dict(reversed(base.items()))) == artefacts.tensors_sha256(base)
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(array) for name, array in base.items()}
+    assert artefacts.tensors_sha256(tensors) == artefacts.tensors_sha256(base)

@@ -1,0 +1,172 @@
+"""The trust boundary, read from the syntax tree: who may hold private data, who may import what.
+
+Whatever holds private data is called ``private_*``, so the parameters and fields of that name say which modules
+can touch it. A new module needs a row in `MAY_HOLD_PRIVATE_DATA`, with a reason.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hyperdp_lib
+
+PACKAGE = Path(hyperdp_lib.__file__).parent
+
+# module (or package) -> why it may have parameters or fields called private_*
+MAY_HOLD_PRIVATE_DATA = {
+    "mechanism": "the one place where private data becomes public",
+    "release": "passes private images to the embedding and its sums to the mechanism",
+    "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
+    "data": "reads private images from files, and changes nothing else",
+    "baselines": "the rivals and controls, which stand where `release` stands",
+    "evaluation": "research metrics on private test data, labelled as not differentially private",
+    "comparison": "hands private sets to `release`, `baselines` and `evaluation`",
+    "cli": "hands a user's private images to `release` and `comparison`",
+    "auditing": "attacks mechanisms with neighbouring data sets it makes up",
+}
+# Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
+NEVER_PRIVATE = (
+    "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
+    "hypernetwork", "training", "glyphs", "records", "figures", "report", "theory",
+)  # fmt: skip
+
+# The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
+STANDARD = {
+    "__future__", "collections", "dataclasses", "decimal", "hashlib", "importlib", "json", "math", "os",
+    "pathlib", "tempfile", "types", "typing", "warnings",
+}  # fmt: skip
+ALLOWED_IMPORTS = {
+    "mechanism": {"numpy", "opendp"},
+    "accounting": {"scipy", "dp_accounting", "opacus"},
+    "strict_json": set(),
+    "artefacts": {"numpy"},
+    "ledger": {"accounting", "strict_json"},
+    "certificate": {"accounting", "artefacts", "ledger", "mechanism", "strict_json", "verification"},
+    "verification": {"numpy", "safetensors", "dp_accounting", "artefacts", "certificate", "ledger"},
+}
+# Only these may call the mechanism; only it may draw noise from OpenDP.
+MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing", "evaluation"}
+CODE_EXECUTION = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+
+
+def modules():
+    """Each module of the library as ("baselines.dp_lora", its syntax tree)."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree):
+    """Top-level names of foreign modules, and names of our own modules without the package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ("hyperdp_lib." if node.level else "") + (node.module or "")
+            names = (
+                [f"{base}.{alias.name}" for alias in node.names]
+                if base.strip(".") == "hyperdp_lib"
+                else [base]
+            )
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names = ["dynamic import"]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            yield parts[1] if parts[0] == "hyperdp_lib" and len(parts) > 1 else parts[0]
+
+
+def private_names(tree):
+    """Parameters of functions and fields of classes that announce private data."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            arguments = node.args
+            every = [
+                *arguments.posonlyargs,
+                *arguments.args,
+                *arguments.kwonlyargs,
+                arguments.vararg,
+                arguments.kwarg,
+            ]
+            yield from (argument.arg for argument in every if argument and argument.arg.startswith("private"))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if node.target.id.startswith("private"):
+                yield node.target.id
+
+
+def called_names(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def violations(name, tree):
+    """What is wrong with one module, in words."""
+    top = name.split(".")[0]
+    found = set(imported(tree))
+    if top in ALLOWED_IMPORTS:
+        if surplus := found - ALLOWED_IMPORTS[top] - STANDARD:
+            yield f"{name} imports {', '.join(sorted(surplus))}"
+    elif "opendp" in found:
+        yield f"{name} draws its own noise from OpenDP"
+    if pickles := found & CODE_EXECUTION:
+        yield f"{name} imports {', '.join(sorted(pickles))}, which can execute code from files"
+    names = sorted(set(private_names(tree)))
+    if names and top not in MAY_HOLD_PRIVATE_DATA:
+        yield f"{name} takes {', '.join(names)} but has no row in MAY_HOLD_PRIVATE_DATA"
+    if names and top in NEVER_PRIVATE:
+        yield f"{name} must never take private data, and takes {', '.join(names)}"
+    if "noisy_sum" in set(called_names(tree)) and top not in MAY_CALL_NOISY_SUM:
+        yield f"{name} calls the mechanism"
+    if top in ALLOWED_IMPORTS and {"print", "getLogger", "breakpoint"} & set(called_names(tree)):
+        yield f"{name} prints or logs"
+
+
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
+def test_module_respects_the_trust_boundary(name, tree):
+    assert list(violations(name, tree)) == []
+
+
+def test_the_tables_do_not_contradict_each_other():
+    assert not set(NEVER_PRIVATE) & set(MAY_HOLD_PRIVATE_DATA)
+    assert all(reason for reason in MAY_HOLD_PRIVATE_DATA.values())
+
+
+@pytest.mark.parametrize("name", ["mechanism", "accounting", "certificate"])
+def test_the_audited_files_stay_short(name):
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 250
+
+
+def test_the_mechanism_takes_private_data_under_that_name():
+    trees = dict(modules())
+    assert {"private_batches", "private_embeddings"} <= set(private_names(trees["mechanism"]))
+
+
+BAD_MODULES = {
+    "imports ours": ("mechanism", "from hyperdp_lib import data"),
+    "imports ours relatively": ("mechanism", "from . import data"),
+    "imports ours by its full name": ("mechanism", "import hyperdp_lib.data"),
+    "imports ours inside a function": ("mechanism", "def f():\n    from hyperdp_lib.data import load"),
+    "imports dynamically": ("mechanism", "importlib.import_module('hyperdp_lib.data')"),
+    "imports torch": ("accounting", "import torch"),
+    "logs": ("mechanism", "logging.getLogger('x')"),
+    "prints": ("mechanism", "print(total)"),
+    "private parameter": ("figures", "def plot(private_images): ..."),
+    "private keyword": ("records", "def record(*, private_count=None): ..."),
+    "private field": ("diffusion", "class Config:\n    private_mean: float"),
+    "unknown module": ("leak", "def f(private_images): ..."),
+    "own noise": ("training", "import opendp.prelude as dp"),
+    "own call": ("figures", "from hyperdp_lib import mechanism\nmechanism.noisy_sum([], config)"),
+    "pickle": ("adapter", "import pickle"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_MODULES)
+def test_a_bad_module_is_flagged(fault):
+    name, source = BAD_MODULES[fault]
+    assert list(violations(name, ast.parse(source))) != []
