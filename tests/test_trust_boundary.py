@@ -1,6 +1,6 @@
 """The trust boundary, read from the syntax tree: who may hold private data, who may import what.
 
-Whatever holds private data is called ``private_*``, so the parameters and fields of that name say which modules
+Whatever holds private data is called ``private_*``: parameters and fields of that name say which modules
 can touch it. A new module needs a row in `MAY_HOLD_PRIVATE_DATA`, with a reason.
 """
 
