@@ -62,6 +62,7 @@ def _release(options: argparse.Namespace) -> None:
     _check_input(options.images)
     _check_device(options.device)
     from hyperdp_lib import data, hypernetwork, release
+    from hyperdp_lib.artefacts import CERTIFICATE_FILE
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     private = data.load_named_or_path(options.images, *_geometry(base_model), labelled=not options.unlabelled)
@@ -75,7 +76,7 @@ def _release(options: argparse.Namespace) -> None:
         _tell("note: these images are more white than black; a model of white on black wants --invert")
     if options.seed is not None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
-    adapter, certificate = release.release(
+    released = release.release(
         private_images.to(options.device),
         network.to(options.device),
         epsilon=options.epsilon,
@@ -88,17 +89,18 @@ def _release(options: argparse.Namespace) -> None:
     )
     release.save_release(
         options.out,
-        adapter,
-        certificate,
+        released,
         base_model.to(options.device),
+        base_model_name=_base_model_name(options.hypernetwork),
         num_samples=options.num_samples,
         overwrite=options.overwrite,
     )
     if options.json:
-        print(json.dumps({"out": str(options.out), "certificate": json.loads(certificate.to_json())}))
+        written = (options.out / CERTIFICATE_FILE).read_text(encoding="utf-8")
+        print(json.dumps({"out": str(options.out), "certificate": json.loads(written)}))
     else:
         print(f"wrote {options.out}")
-        print(certificate.sentence)
+        print(released.certificate.sentence)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -316,6 +318,12 @@ def _geometry(base_model: Any) -> tuple[int, int]:
     return int(base_model.config.sample_size), int(base_model.config.in_channels)
 
 
+def _base_model_name(hypernetwork: str) -> str:
+    """Where diffusers finds the base model: what the adapter's configuration says."""
+    shipped = Path(__file__).parent / "weights" / hypernetwork / "base"
+    return f"hyperdp_lib/weights/{hypernetwork}/base" if shipped.is_dir() else f"{hypernetwork}/base"
+
+
 def _load_adapters(folder: Path, base_model: Any) -> tuple[Adapter, tuple[str, ...] | None]:
     """The adapter of an unlabelled release; or one per class, stacked, with the class names."""
     from hyperdp_lib.adapter import concatenate, load_adapter
@@ -372,7 +380,7 @@ def _parser() -> _Parser:
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
-    add("--num-samples", type=int, default=10, help="images per class on samples.png; default: 10, none: 0")
+    add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--invert", action="store_true", help="swap black and white; the glyphs model draws white on black")
     add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")

@@ -1,6 +1,9 @@
 """The command line: what it refuses, and one release from private images to scores."""
 
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bad_images import BAD_INPUT, write_png
+from PIL import Image
 
 import hyperdp_lib
 from hyperdp_lib import cli, data, evaluation
@@ -115,6 +119,7 @@ def test_sample_refuses_bad_output(stub_model, refused, images, tmp_path):
     refused("sample", images, "--out", tmp_path / "x.npy", expect="must end in .npz")
     refused("sample", images, "--out", tmp_path / "x.npz", "--grid", tmp_path / "g.jpg", expect="end in .png")
     refused("sample", images, "--out", tmp_path / "x.npz", "--num-images", "0", expect="at least 1")
+    refused("sample", images, "--out", tmp_path / "x.npz", "--num-steps", "0", expect="at least 1")
     refused("sample", tmp_path / "absent", "--out", tmp_path / "x.npz", expect="no such")
 
 
@@ -128,6 +133,129 @@ def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
     (tmp_path / "file").write_text("precious")
     refused("compare", "--private", "digits", "--out", tmp_path / "file", expect="is not a folder")
     refused("verify", tmp_path / "absent", expect="no such release")
+
+
+# ---- one release, from images to scores ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny hypernetwork with random heads, so that its adapters do change the base model; and features."""
+    from hyperdp_lib.diffusion import BaseModelConfig, build_base_model
+    from hyperdp_lib.embedding import Encoder, EncoderConfig
+    from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    base_model = build_base_model(BaseModelConfig(width=32, num_layers=1))
+    encoder = Encoder(EncoderConfig(dimension=16, width=8))
+    shape = HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)
+    hypernetwork = HyperNetwork(encoder, base_model, shape)
+    hypernetwork.head_b.weight.data.normal_(std=0.1)
+    save_pretrained(folder, base_model, hypernetwork, {"name": "tiny"})
+    evaluation.FeatureNetwork(name="untrained").save(folder / "features.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def digit_folder(tmp_path_factory):
+    """8-bit PNGs of real digits in class folders, at their own size."""
+    folder = tmp_path_factory.mktemp("digits")
+    train = data.digits("train", image_size=8)
+    for index, pixels in enumerate(data.to_uint8(train.images)[:60]):
+        path = folder / str(int(train.labels[index])) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def released(weights, digit_folder, tmp_path_factory):
+    """A release made by the command, with what it printed."""
+    out = tmp_path_factory.mktemp("released") / "release"
+    command = ["release", digit_folder, *RELEASE, "--hypernetwork", weights, "--num-samples", "20"]
+    printed, notes = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(notes):
+        assert cli.main([*command, "--out", str(out)]) == 0
+    return SimpleNamespace(folder=out, out=printed.getvalue(), err=notes.getvalue())
+
+
+def test_release_prints_the_sentence_of_the_certificate(released):
+    from hyperdp_lib.certificate import Certificate
+
+    certificate = Certificate.from_json((released.folder / "certificate.json").read_text())
+    assert certificate.private and 0.999 < certificate.epsilon <= 1
+    assert released.out.splitlines()[-1] == certificate.sentence
+    assert certificate.num_private is None  # secret under add_or_remove_one
+    assert "resized (antialiased) from 8 x 8 to 16 x 16 pixels" in released.err
+    assert "warning" not in released.err
+    assert (released.folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_verify_accepts_it_and_rejects_a_tampered_copy(released, tmp_path, capsys):
+    assert cli.main(["verify", str(released.folder)]) == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(released.folder, copy)
+    (copy / "classes" / "3" / "README.md").write_text("epsilon is 0.01, really")
+    capsys.readouterr()
+    assert cli.main(["verify", str(copy)]) == 1
+    assert "README.md" in capsys.readouterr().out
+
+
+def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, capsys):
+    out = tmp_path / "samples.npz"
+    command = ["sample", str(released.folder), "--hypernetwork", weights, "--num-steps", "2"]
+    assert cli.main([*command, "--num-images", "135", "--out", str(out)]) == 0
+    samples = data.load_images(out)
+    assert len(samples) == 135 and samples.class_names == tuple("0123456789")
+    capsys.readouterr()
+    features = f"{weights}/features.safetensors"
+    command = ["evaluate", str(out), "--reference", "digits-test", "--features", features]
+    assert cli.main(command) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["frechet_distance"] > 0 and 0 <= scores["accuracy"] <= 1
+
+
+def test_release_options_reach_the_certificate(weights, digit_folder, tmp_path, capsys):
+    def run(*options):
+        command = ["release", digit_folder, "--hypernetwork", weights, "--num-samples", "0", "--json"]
+        assert cli.main([*command, "--out", str(tmp_path / "out"), *options]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out)["certificate"], printed.err
+
+    relation = ["--neighboring-relation", "replace_one"]
+    certificate, notes = run("--noise-multiplier", "5", "--delta", "0.5", *relation)
+    assert certificate["noise_multiplier"] == 5 and certificate["delta"] == 0.5 and "above 1/n" in notes
+    assert certificate["neighboring_relation"] == "replace_one" and not certificate["demonstration"]
+    assert not (tmp_path / "out" / "samples.png").exists()
+    certificate, notes = run("--epsilon", "2", "--seed", "0", "--unlabelled", "--overwrite")
+    assert certificate["demonstration"] and "NOT PRIVATE" in notes and certificate["class_names"] == []
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "NOT PRIVATE" in readme and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "classes").exists()  # nothing of the earlier release is left
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    _, notes = run("--epsilon", "2", "--invert", "--overwrite")
+    assert "--invert" in notes  # digits are white on black already
+
+
+def test_an_interrupted_release_leaves_nothing(weights, digit_folder, tmp_path, monkeypatch, capsys):
+    from hyperdp_lib import certificate
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for module in (certificate, hyperdp_lib.release):  # wherever the last file's writer is looked up
+        monkeypatch.setattr(module, "write_certificate", interrupted, raising=False)
+    command = ["release", digit_folder, "--epsilon", "1", "--hypernetwork", weights, "--num-samples", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.endswith("hyperdp: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_release_refuses_unknown_hypernetworks(refused, images, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    refused("release", images, *RELEASE, *out, "--hypernetwork", "nonesuch", expect="no hypernetwork")
 
 
 # ---- sample ----------------------------------------------------------------------------------------------
@@ -146,7 +274,7 @@ def tiny_base(seed):
 
 @pytest.fixture
 def releases(tmp_path, monkeypatch):
-    """A labelled and an unlabelled release for a tiny base model; a sampler whose images tell their adapter."""
+    """Releases with and without classes, for a tiny base model; a sampler whose images tell their adapter."""
     from peft import LoraConfig
 
     from hyperdp_lib.adapter import Adapter, lora_geometry, save_adapter
@@ -175,7 +303,7 @@ def releases(tmp_path, monkeypatch):
         )
         write_certificate(certificate, tmp_path / folder)
 
-    def sample(base_model, adapter, num_images, *, generator, num_steps):
+    def sample(base_model, adapter, num_images, *, generator, num_steps, progress):
         each = num_images // len(adapter)
         assert num_images == each * len(adapter)
         owner = torch.arange(len(adapter)).repeat_interleave(each)
@@ -294,7 +422,12 @@ def test_compare_passes_its_options_on(monkeypatch, capsys, tmp_path):
 
 def test_train_resumes_unless_told_otherwise(monkeypatch, tmp_path):
     asked = []
-    training = SimpleNamespace(train=lambda preset, **options: asked.append((preset, options)))
+
+    def train(preset, **options):
+        asked.append((preset, options))
+        return tmp_path / "weights"
+
+    training = SimpleNamespace(train=train)
     monkeypatch.setitem(vars(hyperdp_lib), "training", training)
     assert cli.main(["train", "--preset", "glyphs"]) == 0
     assert cli.main(["train", "--preset", "glyphs", "--restart", "--out", str(tmp_path)]) == 0
