@@ -133,6 +133,7 @@ def public_only(
     num_classes: int = 1,
     declared_per_class: float = 0.0,
     generator: torch.Generator,
+    device: str | torch.device = "cpu",
 ) -> Adapter:
     """The adapters that the hypernetwork makes of noise alone: epsilon = 0.
 
@@ -142,7 +143,7 @@ def public_only(
     noisy_sum = noise_std * torch.randn(num_classes, dimension, generator=generator)
     noisy_sum[:, 0] += embedding.COUNT_COORDINATE * declared_per_class
     with torch.no_grad():
-        return hypernetwork(noisy_sum, noise_std)
+        return hypernetwork(noisy_sum.to(device), noise_std)
 
 
 def nearest_public(

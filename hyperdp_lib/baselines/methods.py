@@ -199,7 +199,8 @@ def public_only(bench: Bench, epsilon: float, seed: int) -> Outcome:
         dimension=noisy_sum.shape[1],
         num_classes=classes,
         declared_per_class=len(bench.private_train) / classes,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator_for(seed),
+        device=bench.device,
     )
     started = time.perf_counter()
     images, labels = bench.sample(adapter, seed)
