@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
@@ -15,7 +15,7 @@ from scipy import stats
 from hyperdp_lib import mechanism
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
 
-QUICK = settings(max_examples=200, deadline=None)
+QUICK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ANY_FLOATS = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True, width=64)
 CLIP_NORMS = st.sampled_from([1.0, 0.1, 1 / 3, 2.0, 1e-300, 5e-324, 1e300])
 
