@@ -122,9 +122,7 @@ def test_nearest_public_shares_the_images(bank):
     )
     assert len(images) == 24 and torch.bincount(labels).tolist() == [8, 8, 8]
     with pytest.raises(InputError, match="1 .. 30"):
-        controls.nearest_public(
-            sums(4.0)[0], bank, num_nearest=31, num_images=24, generator=torch.Generator()
-        )
+        controls.nearest_public(sums(4.0)[0], bank, num_nearest=31, num_images=24, generator=torch.Generator())
     with pytest.raises(InputError, match="multiple of the 3"):
         controls.nearest_public(sums(4.0)[0], bank, num_nearest=1, num_images=25, generator=torch.Generator())
 
@@ -164,3 +162,19 @@ def test_public_only_sees_noise_and_the_declared_count():
 def test_a_bank_must_fit_together():
     with pytest.raises(InputError, match="same T"):
         controls.PublicBank(torch.zeros(3, K), torch.zeros(2, 4, 1, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_the_controls_read_the_sum_that_the_product_releases(relation):
+    """Same seed, same budget: `release` and the comparison's noisy sum agree bit for bit."""
+    from hyperdp_lib import diffusion, hypernetwork, release
+
+    base = diffusion.build_base_model(diffusion.BaseModelConfig(width=32, num_layers=1))
+    network = hypernetwork.HyperNetwork(embedding.Encoder(embedding.EncoderConfig(dimension=K)), base)
+    images, labels = private(per_class=10)
+    budget = dict(epsilon=1.0, neighboring_relation=relation, seed=3)
+    names = ("a", "b", "c")
+    released = release.release(images, network, private_labels=labels, class_names=names, **budget)
+    noisy_sum, noise_std = controls.noisy_class_sums(images, labels, network.encoder, num_classes=3, **budget)
+    np.testing.assert_array_equal(released.noisy_sum, noisy_sum)
+    assert released.certificate.noise_std == noise_std
