@@ -434,10 +434,10 @@ FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(Healt
 
 @FUZZ
 @given(data=st.data())
-def test_fuzzed_certificates_never_raise(release, data):
+def test_fuzzed_certificates_never_raise(intact, release, data):
     """Any field replaced by anything, with a right checksum wherever the result can be read at all."""
     path = release / "certificate.json"
-    original = path.read_text()
+    original = (intact / "certificate.json").read_text()
     values = json.loads(original)
     values[data.draw(st.sampled_from(sorted(values)))] = data.draw(JSON_VALUES)
     values.pop("checksum")
@@ -445,7 +445,6 @@ def test_fuzzed_certificates_never_raise(release, data):
     assert all(isinstance(problem, str) for problem in verify(release))
     path.write_bytes(original.encode()[: data.draw(st.integers(0, len(original) - 3))])
     assert verify(release) != []
-    path.write_text(original)
 
 
 # ---- files ------------------------------------------------------------
