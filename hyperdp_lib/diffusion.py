@@ -128,7 +128,9 @@ def sample(
 
     members = 1 if adapter is None else adapter.num_adapters
     if num_images < 1 or num_images % members:
-        raise ValueError(f"num_images must be a positive multiple of the {members} adapters, not {num_images}")
+        raise ValueError(
+            f"num_images must be a positive multiple of the {members} adapters, not {num_images}"
+        )
     share = num_images // members
     per_batch = max(1, batch_size // members)
     config, device = base_model.config, next(base_model.parameters()).device

@@ -48,11 +48,17 @@ class Encoder(nn.Module):
             return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.GELU()]
 
         self.convolutions = nn.Sequential(
-            *block(config.channels, w, 1), *block(w, 2 * w, 2), *block(2 * w, 2 * w, 1), *block(2 * w, 4 * w, 2)
+            *block(config.channels, w, 1),
+            *block(w, 2 * w, 2),
+            *block(2 * w, 2 * w, 1),
+            *block(2 * w, 4 * w, 2),
         )
         side = config.image_size // 4
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(4 * w * side * side, 8 * w), nn.GELU(), nn.Linear(8 * w, config.dimension - 1)
+            nn.Flatten(),
+            nn.Linear(4 * w * side * side, 8 * w),
+            nn.GELU(),
+            nn.Linear(8 * w, config.dimension - 1),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ network travels with every score.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,9 @@ class FeatureNetwork(nn.Module):
         """Write weights (half precision by default) and architecture to one safetensors file."""
         state = self.state_dict()
         tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
-        shape = ("channels", "image_size", "dimension", "name")
-        save_file(tensors, str(path), metadata={key: str(getattr(self, key)) for key in shape})
+        shape = {key: getattr(self, key) for key in ("channels", "image_size", "dimension", "name")}
+        # one entry only: safetensors writes several in random order, and the same network should give the same bytes
+        save_file(tensors, str(path), metadata={"feature_network": json.dumps(shape)})
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> FeatureNetwork:
@@ -97,10 +99,9 @@ class FeatureNetwork(nn.Module):
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-        if "name" not in metadata:
+        if "feature_network" not in metadata:
             raise InputError(f"{path} is not a feature network: it was not written by FeatureNetwork.save.")
-        sizes = {key: int(metadata[key]) for key in ("channels", "image_size", "dimension")}
-        network = cls(**sizes, name=metadata["name"])
+        network = cls(**json.loads(metadata["feature_network"]))
         network.load_state_dict(tensors)
         return network.eval().requires_grad_(False)
 

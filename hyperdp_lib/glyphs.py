@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -163,8 +164,9 @@ def _render_fonts(progress: bool) -> tuple[np.ndarray, list[str]]:
 
 
 def _draw_strokes(count: int, seed: int, progress: bool) -> np.ndarray:
-    """Random pen-stroke shapes: one to three Catmull-Rom splines whose control points walk about the box."""
+    """Random pen-stroke shapes: one to three cubic splines whose knots walk about the box."""
     from scipy.interpolate import CubicSpline
+    from scipy.ndimage import binary_dilation
 
     rng = np.random.default_rng(seed)
     fields = np.empty((count, 2, FIELD_SIZE, FIELD_SIZE), np.int8)
@@ -185,35 +187,43 @@ def _draw_strokes(count: int, seed: int, progress: bool) -> np.ndarray:
         column, row = np.clip(xy.astype(int), 0, FIELD_SIZE - 1).T
         skeleton = np.zeros((FIELD_SIZE, FIELD_SIZE), bool)
         skeleton[row, column] = True
-        from scipy.ndimage import binary_dilation
-
         fields[i] = _signed_fields(binary_dilation(skeleton, iterations=2), skeleton)
     return fields
 
 
 def load_shapes(config: GlyphConfig, *, progress: bool = True) -> tuple[np.ndarray, list[str]]:
-    """Fields (G, 2, 40, 40) int8 and the name of each: a character, or ``"stroke 17"``. Cached; first call ~2 minutes.
+    """Fields (G, 2, 40, 40) int8 and the name of each: a character, or ``"stroke 17"``.
 
-    The cache lies in ``$HYPERDP_CACHE`` or ``~/.cache/hyperdp`` and is keyed by everything that decides the shapes.
+    The first call renders everything (half a minute); later ones read ``$HYPERDP_CACHE`` or ``~/.cache/hyperdp``, keyed
+    by all that decides the shapes.
     """
     import matplotlib
 
-    key = repr(
-        (FONTS, NUMBER_NAMES.pattern, config.num_strokes, config.seed, matplotlib.__version__, FIELD_SIZE, 4)
+    fonts, names = _cached(
+        ("fonts", FONTS, NUMBER_NAMES.pattern, matplotlib.__version__), lambda: _render_fonts(progress)
     )
+    strokes, stroke_names = _cached(
+        ("strokes", config.num_strokes, config.seed),
+        lambda: (
+            _draw_strokes(config.num_strokes, config.seed, progress),
+            [f"stroke {i}" for i in range(config.num_strokes)],
+        ),
+    )
+    return np.concatenate([fonts, strokes]), names + stroke_names
+
+
+def _cached(key: tuple, make: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
     folder = Path(os.environ.get("HYPERDP_CACHE", Path.home() / ".cache" / "hyperdp"))
-    path = folder / f"shapes-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    digest = hashlib.sha256(repr((key, FIELD_SIZE, GLYPH_BOX, FIELD_LIMIT)).encode()).hexdigest()[:16]
+    path = folder / f"{key[0]}-{digest}.npz"
     if path.exists():
-        stored = np.load(path, allow_pickle=False)
-        return stored["fields"], [str(n) for n in stored["names"]]
-    fonts, names = _render_fonts(progress)
-    strokes = _draw_strokes(config.num_strokes, config.seed, progress)
-    fields = np.concatenate([fonts, strokes])
-    names = names + [f"stroke {i}" for i in range(config.num_strokes)]
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["fields"], [str(n) for n in stored["names"]]
+    fields, names = make()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
     np.savez_compressed(temporary, fields=fields, names=np.array(names))
-    temporary.replace(path)
+    temporary.replace(path)  # two processes may make it at once: the last one wins, both files are the same
     return fields, names
 
 
@@ -298,7 +308,7 @@ class GlyphTasks:
     def _choose_shapes(
         self, num_tasks: int, per_task: int, g: torch.Generator, classes: Tensor | None
     ) -> Tensor:
-        """(T, M) shape of each image: one shape (60%), one character in up to three fonts, or two or three characters."""
+        """(T, M) shape of each image: one shape (60%), one character in several fonts, or several characters."""
         chosen = torch.empty(num_tasks, per_task, dtype=torch.long)
         for t in range(num_tasks):
             kind = torch.rand((), generator=g).item()
@@ -354,7 +364,7 @@ class GlyphTasks:
         bend = bend * task(0.0, 0.12)[:, None, None]  # the same for all images of a task: a new letter shape
         bend = bend + torch.randn(T * M, 2, num_waves, generator=g) * (0.13 * wobble)[:, None, None]
 
-        # Where each output pixel looks: bend, then the inverse affine map, in coordinates where the shape fills [-1, 1].
+        # Where each output pixel looks: bend, then the inverse affine map; the shape fills [-1, 1].
         line = (torch.arange(GLYPH_BOX) + 0.5) / GLYPH_BOX * 2 - 1
         y, x = torch.meshgrid(line, line, indexing="ij")
         xy = (

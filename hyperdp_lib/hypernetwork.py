@@ -7,12 +7,14 @@ trained for. Everything here is post-processing of the release and costs no priv
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, LoraGeometry, lora_geometry
@@ -21,9 +23,11 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
-# Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so LoRA there
-# acts like conditioning.
-TARGET_MODULES = r"transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
+# Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so
+# LoRA there acts like conditioning.
+TARGET_MODULES = (
+    r"transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class HyperNetwork(nn.Module):
     config : see ``HyperNetworkConfig``.
     """
 
-    def __init__(self, encoder: Encoder, base_model: nn.Module, config: HyperNetworkConfig | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, base_model: nn.Module, config: HyperNetworkConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config = HyperNetworkConfig() if config is None else config
         self.encoder = encoder.requires_grad_(False).eval()
@@ -73,7 +79,10 @@ class HyperNetwork(nn.Module):
             for _ in range(config.num_blocks)
         )  # fmt: skip
         self.trunk_out = nn.Sequential(
-            nn.LayerNorm(config.hidden), nn.Linear(config.hidden, config.head_width), nn.GELU(), nn.LayerNorm(config.head_width)
+            nn.LayerNorm(config.hidden),
+            nn.Linear(config.hidden, config.head_width),
+            nn.GELU(),
+            nn.LayerNorm(config.head_width),
         )
         sizes_a = [torch.Size(m.a_shape).numel() for m in self.geometry.modules]
         sizes_b = [torch.Size(m.b_shape).numel() for m in self.geometry.modules]
@@ -102,7 +111,9 @@ class HyperNetwork(nn.Module):
         self.encoder.eval()
         return self
 
-    def forward(self, noisy_sum: Tensor, noise_std: Tensor | float, names: tuple[str, ...] | None = None) -> Adapter:
+    def forward(
+        self, noisy_sum: Tensor, noise_std: Tensor | float, names: tuple[str, ...] | None = None
+    ) -> Adapter:
         """Adapters of T data sets from their noisy sums.
 
         Parameters
@@ -111,7 +122,9 @@ class HyperNetwork(nn.Module):
         noise_std : standard deviation of the noise on each coordinate of the sum, a number or (T,); public.
         names : one a data set, e.g. the class names.
         """
-        std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(len(noisy_sum))
+        std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(
+            len(noisy_sum)
+        )
         features = torch.cat(summary(noisy_sum, std), 1)
         h = self.trunk_in(features)
         for block in self.blocks:
@@ -148,14 +161,11 @@ def summary(noisy_sum: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetwork, manifest: dict) -> None:
     """Write base model (diffusers folder), encoder and hypernetwork (safetensors, half precision) and the manifest."""
-    import copy
-
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(base_model).half().save_pretrained(folder / "base")
-    half = {k: v.detach().cpu().half().contiguous() for k, v in hypernetwork.encoder.state_dict().items()}
-    save_file(half, str(folder / "encoder.safetensors"))
-    half = {k: v.detach().cpu().half().contiguous() for k, v in hypernetwork.decoder_state().items()}
-    save_file(half, str(folder / "hypernetwork.safetensors"))
+    for name, state in (("encoder", hypernetwork.encoder.state_dict()), ("hypernetwork", hypernetwork.decoder_state())):
+        half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
+        (folder / f"{name}.safetensors").write_bytes(to_safetensors(half))
     shapes = {"encoder": hypernetwork.encoder.config.to_dict(), "hypernetwork": hypernetwork.config.to_dict()}
     (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
 
@@ -166,10 +176,14 @@ def resolve(name_or_path: str | Path) -> Path:
         if (folder / "manifest.json").is_file():
             return folder
     shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/manifest.json"))) or "none"
-    raise InputError(f"no hypernetwork {str(name_or_path)!r}: shipped are {shipped}, or give a folder made by 'hyperdp train'")
+    raise InputError(
+        f"no hypernetwork {str(name_or_path)!r}: shipped are {shipped}, or give a folder made by 'hyperdp train'"
+    )
 
 
-def load_pretrained(name_or_path: str | Path = "glyphs", device: str = "cpu") -> tuple[nn.Module, HyperNetwork]:
+def load_pretrained(
+    name_or_path: str | Path = "glyphs", device: str = "cpu"
+) -> tuple[nn.Module, HyperNetwork]:
     """Base model and hypernetwork, frozen, float32, in evaluation mode.
 
     >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP

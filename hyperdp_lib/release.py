@@ -100,7 +100,9 @@ def release(
             base_model_sha256=hypernetwork.base_model_sha256,
         )
         rows = None if private_labels is None else private_labels.cpu().numpy()
-        noisy_sum = mechanism.noisy_sum(_embedded(private_images, rows, hypernetwork, batch_size), config, seed=seed)
+        noisy_sum = mechanism.noisy_sum(
+            _embedded(private_images, rows, hypernetwork, batch_size), config, seed=seed
+        )
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)
@@ -110,7 +112,7 @@ def release(
 def decode(
     noisy_sum: np.ndarray, noise_std: float, hypernetwork: HyperNetwork, class_names: Sequence[str] = ()
 ) -> Adapter:
-    """Adapter from a released noisy sum (K, k): post-processing, repeatable with any hypernetwork of the same encoder."""
+    """Adapter from a released noisy sum (K, k): post-processing, for any hypernetwork of the same encoder."""
     device = next(hypernetwork.parameters()).device
     sums = torch.from_numpy(np.asarray(noisy_sum)).to(device, torch.float32)
     return hypernetwork(sums, noise_std, tuple(class_names) or ("adapter",)).detach()
@@ -129,7 +131,9 @@ def _check_images(private_images: Tensor, hypernetwork: HyperNetwork) -> None:
     config = hypernetwork.encoder.config
     expected = (config.channels, config.image_size, config.image_size)
     if private_images.ndim != 4 or tuple(private_images.shape[1:]) != expected:
-        raise InputError(f"images must have shape (N, {', '.join(map(str, expected))}): use data.load_images to make them so")
+        raise InputError(
+            f"images must have shape (N, {', '.join(map(str, expected))}): use data.load_images to make them so"
+        )
     if not private_images.is_floating_point() or not torch.isfinite(private_images).all():
         raise InputError("images must be finite floats in [-1, 1]: use data.to_model_range on 8-bit images")
     if len(private_images) and (private_images.amin() < -1.001 or private_images.amax() > 1.001):
@@ -144,13 +148,15 @@ def _check_labels(
             raise InputError("class_names are given but private_labels are not: give both or neither")
         return ()
     if not class_names:
-        raise InputError("private_labels need class_names: which classes exist is public and must be declared")
+        raise InputError(
+            "private_labels need class_names: which classes exist is public and must be declared"
+        )
     if private_labels.shape != (len(private_images),):
         raise InputError("private_labels must hold one label for each image")
     if len(set(class_names)) != len(class_names):
         raise InputError("class_names must all be different")
     for name in class_names:
-        if not name or name.startswith(".") or any(c in name for c in '/\\:\0'):
+        if not name or name.startswith(".") or any(c in name for c in "/\\:\0"):
             raise InputError(f"the class name {name!r} cannot be a folder name: rename the class")
     return tuple(class_names)
 
@@ -186,9 +192,13 @@ def save_release(
             card = model_card(statement, adapter.lora_config, base_model, base_model_name, name)
             save_adapter(adapter[i], where, base_model_name_or_path=base_model_name, model_card=card)
         if statement.class_names:
-            card = model_card(statement, adapter.lora_config, base_model, base_model_name, statement.class_names[0])
+            card = model_card(
+                statement, adapter.lora_config, base_model, base_model_name, statement.class_names[0]
+            )
             (temporary / "README.md").write_text(card, encoding="utf-8")
-        (temporary / EMBEDDING_FILE).write_bytes(to_safetensors({EMBEDDING_TENSOR: np.ascontiguousarray(noisy_sum)}))
+        (temporary / EMBEDDING_FILE).write_bytes(
+            to_safetensors({EMBEDDING_TENSOR: np.ascontiguousarray(noisy_sum)})
+        )
         if num_samples:
             _write_samples(temporary / "samples.png", adapter, base_model, num_samples)
         certificate.write_certificate(statement, temporary)
@@ -221,16 +231,18 @@ def _write_samples(path: Path, adapter: Adapter, base_model: nn.Module, num_samp
     picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
 
 
-def model_card(statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, name: str) -> str:
+def model_card(
+    statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, name: str
+) -> str:
     """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only."""
     where = f"classes/{name}" if name else "."
     what = f"class `{name}` of {len(statement.class_names)}" if name else "one unlabelled data set"
     channels, size = base_model.config.in_channels, base_model.config.sample_size
     return f"""{statement.sentence}
 
-LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}. Made from private images by one noisy
-sum of embeddings and a hypernetwork trained on public data. `certificate.json` says exactly what was released;
-`hyperdp verify` recomputes it.
+LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}.
+Made from private images by one noisy sum of embeddings and a hypernetwork trained on public data.
+`certificate.json` says exactly what was released; `hyperdp verify` recomputes it.
 
 ```python
 import torch

@@ -93,8 +93,16 @@ PRESETS = {
 class TaskStream(IterableDataset):
     """Batches of fresh tasks (T, M, 1, 16, 16) as uint8, with the characters' numbers if ``num_classes`` is given."""
 
-    def __init__(self, source: GlyphTasks, tasks: int, images: int, seed: int, num_classes: int | None = None) -> None:
-        self.source, self.tasks, self.images, self.seed, self.num_classes = source, tasks, images, seed, num_classes
+    def __init__(
+        self, source: GlyphTasks, tasks: int, images: int, seed: int, num_classes: int | None = None
+    ) -> None:
+        self.source, self.tasks, self.images, self.seed, self.num_classes = (
+            source,
+            tasks,
+            images,
+            seed,
+            num_classes,
+        )
 
     def __iter__(self) -> Iterator:
         g = torch.Generator().manual_seed(self.seed)
@@ -129,7 +137,9 @@ class Loop:
     random streams start anew from the step it continues at.
     """
 
-    def __init__(self, name: str, groups: list[tuple[nn.Module, float]], config: StageConfig, out: Path, seed: int) -> None:
+    def __init__(
+        self, name: str, groups: list[tuple[nn.Module, float]], config: StageConfig, out: Path, seed: int
+    ) -> None:
         self.name, self.config, self.path, self.seed = name, config, out / f"{name}.pt", seed
         self.modules = nn.ModuleList([module for module, _ in groups])
         self.rates = [rate * config.learning_rate for _, rate in groups]
@@ -169,7 +179,13 @@ class Loop:
         torch.save(state, temporary)
         temporary.replace(self.path)
 
-    def run(self, loss: Callable[[int], tuple[Tensor, dict]], *, every: int = 200, check: Callable[[], dict] | None = None):
+    def run(
+        self,
+        loss: Callable[[int], tuple[Tensor, dict]],
+        *,
+        every: int = 200,
+        check: Callable[[], dict] | None = None,
+    ):
         """Train to the end, then load the averaged weights into the modules."""
         started, saved = time.perf_counter(), self.seconds
         sums: dict[str, float] = {}
@@ -242,8 +258,12 @@ def train_encoder(preset: Preset, source: GlyphTasks, out: Path, device: str) ->
     encoder = Encoder(preset.encoder).to(device).train()
     k = preset.encoder.dimension - 1
     pixels = preset.encoder.channels * preset.encoder.image_size**2
-    redraw = nn.Sequential(nn.Linear(k + 1, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 2 * pixels))
-    scale = nn.ParameterDict({"log_scale": nn.Parameter(torch.tensor(2.0)), "log_spread": nn.Parameter(torch.tensor(-4.0))})
+    redraw = nn.Sequential(
+        nn.Linear(k + 1, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 2 * pixels)
+    )
+    scale = nn.ParameterDict(
+        {"log_scale": nn.Parameter(torch.tensor(2.0)), "log_spread": nn.Parameter(torch.tensor(-4.0))}
+    )
     redraw, scale = redraw.to(device), scale.to(device)
     config = preset.encoder_stage
     loop = Loop("encoder", [(encoder, 1.0), (redraw, 1.0), (scale, 10.0)], config, out, preset.seed)
@@ -269,7 +289,11 @@ def train_encoder(preset: Preset, source: GlyphTasks, out: Path, device: str) ->
             flat = images.flatten(2)
             picture = F.mse_loss(drawn, torch.cat([flat.mean(1), flat.std(1)], 1))
             accuracy = (logits.argmax(1) == labels).float().mean()
-            return classify + 3 * picture, {"classify": classify.detach(), "redraw": picture.detach(), "accuracy": accuracy}
+            return classify + 3 * picture, {
+                "classify": classify.detach(),
+                "redraw": picture.detach(),
+                "accuracy": accuracy,
+            }
 
         loop.run(loss)
     loop.modules.load_state_dict(loop.average)
@@ -319,7 +343,9 @@ class TaskPool:
             codes = self.encoder(_to_float(images, self.device).flatten(0, 1))
         self.codes[rows] = codes.cpu().unflatten(0, images.shape[:2])
 
-    def draw(self, preset: Preset, tasks: int, queries: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(
+        self, preset: Preset, tasks: int, queries: int, g: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query images (T, Q, ...), simulated noisy sums (T, k) and their noise levels (T,)."""
         rows = torch.randperm(len(self.images), generator=g)[:tasks]
         available = self.images.shape[1] - queries
@@ -330,7 +356,9 @@ class TaskPool:
         return images, *simulate_sums(codes, sizes, log_uniform(*preset.mean_noise, tasks, g) * sizes, g)
 
 
-def simulate_sums(codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+def simulate_sums(
+    codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Noisy sums (T, k) of sets of the given sizes (T,), from embeddings (T, S, k) of up to S of their images.
 
     A set larger than S has the mean of its S images: the difference is below the noise that matters.
@@ -348,9 +376,15 @@ def adapted_loss(base: nn.Module, adapter: Adapter, images: Tensor, g: torch.Gen
 
 
 def train_joint(
-    preset: Preset, source: GlyphTasks, held_out: GlyphTasks, base: nn.Module, encoder: Encoder, out: Path, device: str
+    preset: Preset,
+    source: GlyphTasks,
+    held_out: GlyphTasks,
+    base: nn.Module,
+    encoder: Encoder,
+    out: Path,
+    device: str,
 ) -> tuple[nn.Module, HyperNetwork]:
-    """Stage 4: base and hypernetwork together. During the warm-up of the heads the base moves at a tenth of its rate."""
+    """Stage 4: base and hypernetwork together, warmed up, the base at half the rate; tasks fresh throughout."""
     torch.manual_seed(preset.seed + 3)
     base = base.requires_grad_(True)
     hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
@@ -362,7 +396,11 @@ def train_joint(
         fixed = torch.Generator().manual_seed(preset.seed + 4900)
         unseen = held_out.sample_tasks(4 * config.tasks, config.images + 40, fixed)
         with torch.no_grad():
-            codes = encoder(unseen[:, config.images :].flatten(0, 1).to(device)).cpu().unflatten(0, (len(unseen), 40))
+            codes = (
+                encoder(unseen[:, config.images :].flatten(0, 1).to(device))
+                .cpu()
+                .unflatten(0, (len(unseen), 40))
+            )
         sizes = torch.full((len(unseen),), 128.0)
         sums, std = simulate_sums(codes, sizes, torch.full((len(unseen),), 3.73), fixed)
 
@@ -381,7 +419,10 @@ def train_joint(
             queries = unseen[:, : config.images].to(device)
             alone = denoising_loss(base, queries.flatten(0, 1), again).mean()
             adapter = hypernetwork(sums.to(device), std.to(device))
-            return {"held_out": adapted_loss(base, adapter, queries, again.manual_seed(1)), "held_out_no_adapter": alone}
+            return {
+                "held_out": adapted_loss(base, adapter, queries, again.manual_seed(1)),
+                "held_out_no_adapter": alone,
+            }
 
         loop.run(loss, every=min(200, config.steps), check=check)
     loop.modules.load_state_dict(loop.average)
@@ -398,8 +439,8 @@ def train(
 ) -> Path:
     """Train everything of a preset; returns the folder of weights, loadable by ``load_pretrained``.
 
-    Stopped, it continues from its checkpoints when run again. ``stages`` runs some stages only (``base`` and ``encoder``
-    do not need each other and may run side by side); the weights are written once all four are done.
+    Stopped, it continues from its checkpoints when run again. ``stages`` runs some stages only (``base`` and
+    ``encoder`` do not need each other and may run side by side); the weights are written after ``joint``.
     """
     name = preset if isinstance(preset, str) else "custom"
     if isinstance(preset, str):
@@ -452,7 +493,11 @@ def write_weights(
     logs = {}
     for stage in STAGES:
         state = torch.load(out / f"{stage}.pt", weights_only=True)
-        logs[stage] = {"steps": state["step"], "seconds": round(state["seconds"]), "last": json.loads(state["history"])[-1]}
+        logs[stage] = {
+            "steps": state["step"],
+            "seconds": round(state["seconds"]),
+            "last": json.loads(state["history"])[-1],
+        }
     device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
     manifest = {
         "name": name,
@@ -475,15 +520,16 @@ def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     data = manifest["public_data"]
     lookalikes = "kept" if data["lookalikes"] else "left out"
     rows = "\n".join(
-        f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['last']} |" for stage, log in manifest["stages"].items()
+        f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['last']} |"
+        for stage, log in manifest["stages"].items()
     )
     sums = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(checksums.items()))
     return f"""# Weights `{manifest["name"]}`
 
-Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and feature network, trained on public data only.
+Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and feature network. Public data only.
 
-- **Data.** {data["shapes"]} shapes of {data["classes"]} classes, of which {data["strokes"]} are random pen strokes and the rest characters
-  rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: {lookalikes}.
+- **Data.** {data["shapes"]} shapes of {data["classes"]} classes: {data["strokes"]} random pen strokes, the rest
+  characters rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: {lookalikes}.
 - **Command.** `{manifest["command"]}` (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
 - **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; 16 x 16 grey images, white on black.
 - **Limits.** Made for single drawn characters and simple drawings. Half precision.

@@ -1,0 +1,65 @@
+"""The encoder: norm at most one, one example at a time, a constant count coordinate, streaming."""
+
+import numpy as np
+import pytest
+import torch
+
+from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(dimension=16, width=8)).eval()
+
+
+def test_unit_norm_and_count(encoder):
+    codes = embed(encoder, torch.rand(50, 1, 16, 16) * 2 - 1)
+    assert codes.shape == (50, 16)
+    assert torch.all(codes[:, 0] == COUNT_COORDINATE)
+    assert torch.allclose(codes.norm(dim=1), torch.ones(50), atol=1e-5)
+
+
+def test_constant_images_have_bounded_finite_codes(encoder):
+    for value in (-1.0, 0.0, 1.0):
+        code = embed(encoder, torch.full((1, 1, 16, 16), value))
+        assert torch.isfinite(code).all() and code.norm() <= 1 + 1e-5
+
+
+def test_an_example_does_not_see_its_neighbours(encoder):
+    """Batch statistics would break sensitivity: the same image, in any company, has the same code."""
+    images = torch.rand(20, 1, 16, 16) * 2 - 1
+    alone = torch.cat([embed(encoder, image[None]) for image in images])
+    stranger = torch.full((20, 1, 16, 16), 1.0)
+    together = embed(encoder, torch.cat([images, stranger]))[:20]
+    assert torch.allclose(alone, together, atol=1e-6)
+
+
+def test_batch_normalisation_would_be_caught(encoder):
+    """The test above can fail: an encoder with batch statistics fails it."""
+    torch.manual_seed(0)
+    leaky = Encoder(EncoderConfig(dimension=16, width=8)).train()
+    leaky.convolutions.insert(0, torch.nn.BatchNorm2d(1))
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    together = leaky(torch.cat([images, torch.ones(20, 1, 16, 16)]))[:4]
+    assert not torch.allclose(leaky(images), together, atol=1e-3)
+
+
+def test_streaming_equals_one_go_and_is_lazy(encoder):
+    images = torch.rand(30, 1, 16, 16) * 2 - 1
+    drawn = 0
+
+    def batches():
+        nonlocal drawn
+        for batch in images.split(7):
+            drawn += 1
+            yield batch
+
+    stream = embed_batches(encoder, batches())
+    first = next(stream)
+    assert drawn == 1 and first.dtype == np.float32
+    assert np.allclose(np.concatenate([first, *stream]), embed(encoder, images), atol=1e-6)
+
+
+def test_no_images_give_no_codes(encoder):
+    assert embed(encoder, torch.empty(0, 1, 16, 16)).shape == (0, 16)

@@ -1,0 +1,82 @@
+"""Public tasks: no digits, no look-alikes unless asked, fresh every time, split by character."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks, is_lookalike, is_number, load_shapes
+
+SMALL = GlyphConfig(num_strokes=20)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return GlyphTasks(SMALL, progress=False)
+
+
+def test_no_shape_is_a_digit():
+    names = [n for n in load_shapes(SMALL, progress=False)[1] if len(n) == 1]
+    assert len(names) > 10_000  # the fonts were really read
+    assert not [n for n in names if unicodedata.numeric(n, None) is not None or n in "0123456789"]
+
+
+@pytest.mark.parametrize("number", "0123456789٣५Ⅶ½②⁴₇㊈")
+def test_numbers_of_every_script_are_numbers(number):
+    assert is_number(number)
+
+
+@pytest.mark.parametrize("letter", "OoQDlIiZzSsBbGgEθƐЗзЭЧбꓢꓳ∞&")
+def test_lookalikes(letter):
+    assert is_lookalike(letter)
+
+
+@pytest.mark.parametrize("letter", "AaHhKkMmNnRrTtWwXxΩΨЖщقש")
+def test_not_everything_is_a_lookalike(letter):
+    assert not is_lookalike(letter)
+
+
+def test_lookalikes_are_left_out_unless_asked_for(tasks):
+    everything = GlyphTasks(GlyphConfig(num_strokes=20, lookalikes=True), progress=False)
+    extra = set(everything.names) - set(tasks.names)
+    assert {"O", "S", "Z"} <= extra and all(map(is_lookalike, extra))
+
+
+def test_splits_share_no_character(tasks):
+    held_out = GlyphTasks(SMALL, "held_out", progress=False)
+    assert not set(held_out.names) & set(tasks.names)
+    assert 0.02 < held_out.num_classes / tasks.num_classes < 0.12
+    with pytest.raises(ValueError, match="held_out"):
+        GlyphTasks(SMALL, "test", progress=False)
+
+
+def test_images_obey_the_range_contract_and_are_not_blank(tasks):
+    images = tasks.sample_tasks(40, 6, torch.Generator().manual_seed(0))
+    assert images.shape == (40, 6, 1, 16, 16) and images.dtype == torch.float32
+    assert images.amin() >= -1 and images.amax() <= 1
+    ink = (images > 0).float().mean((2, 3, 4))
+    assert ((ink > 0.005) & (ink < 0.8)).float().mean() > 0.9
+
+
+def test_same_generator_same_tasks_and_else_fresh_ones(tasks):
+    first = tasks.sample_tasks(4, 3, torch.Generator().manual_seed(1))
+    assert torch.equal(first, tasks.sample_tasks(4, 3, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, tasks.sample_tasks(4, 3, torch.Generator().manual_seed(2)))
+
+
+def test_images_of_a_task_resemble_each_other(tasks):
+    images = tasks.sample_tasks(60, 20, torch.Generator().manual_seed(3)).flatten(2)
+    within = images.var(1).mean()
+    between = images.mean(1).var(0).mean()
+    assert within > 0.02 and between > 0.5 * within
+
+
+def test_a_given_class_draws_that_shape():
+    disc = np.full((40, 40), -100, np.int8)
+    disc[10:30, 10:30] = 100
+    empty = np.full((2, 40, 40), -127, np.int8)
+    tasks = GlyphTasks.from_fields(np.stack([np.stack([disc, disc]), empty]), ["disc", "nothing"])
+    images = tasks.sample_tasks(8, 4, torch.Generator().manual_seed(0), classes=torch.tensor([0, 1] * 4))
+    ink = images.mean((1, 2, 3, 4))
+    assert ink[0::2].mean() > ink[1::2].mean() + 0.2

@@ -1,0 +1,101 @@
+"""Public training: a miniature from fonts to loadable weights, resumable; simulated sums have the release's law."""
+
+import json
+
+import pytest
+import torch
+
+from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import COUNT_COORDINATE
+from hyperdp_lib.hypernetwork import load_pretrained
+from hyperdp_lib.training import PRESETS, Loop, StageConfig, simulate_sums, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("training")
+    return out, train("miniature", out=out)
+
+
+def test_the_miniature_trains_end_to_end(trained):
+    out, weights = trained
+    base, hypernetwork = load_pretrained(weights)
+    adapter = hypernetwork(torch.rand(2, 16) * 20, 1.0)
+    assert any(b.abs().sum() > 0 for _, b in adapter.factors.values())  # the heads have learned something
+    manifest = json.loads((weights / "manifest.json").read_text())
+    assert manifest["command"] == "hyperdp train --preset miniature"
+    assert {stage: log["steps"] for stage, log in manifest["stages"].items()} == {
+        "features": 8, "encoder": 12, "base": 12, "joint": 12,
+    }  # fmt: skip
+    card = (weights / "README.md").read_text()
+    assert "sha256" in card and "No digits" in card
+    assert (weights / "features.safetensors").is_file()
+
+
+def test_running_again_takes_no_step_and_gives_the_same_weights(trained):
+    out, weights = trained
+    before = {p.name: p.read_bytes() for p in weights.glob("*.safetensors")}
+    stamps = {p.name: p.stat().st_mtime_ns for p in out.glob("*.pt")}
+    train("miniature", out=out)
+    assert {p.name: p.read_bytes() for p in weights.glob("*.safetensors")} == before
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.pt")} == stamps
+
+
+def test_a_folder_of_another_preset_is_refused(trained):
+    with pytest.raises(InputError, match="another preset"):
+        train("glyphs", out=trained[0])
+    with pytest.raises(InputError, match="no preset 'glyhps'"):
+        train("glyhps")
+
+
+def test_the_loop_learns_and_resumes_where_it_stopped(tmp_path):
+    target = torch.tensor([1.0, -2.0])
+
+    def loop(steps):
+        torch.manual_seed(0)
+        return Loop("toy", [(torch.nn.Linear(1, 2), 1.0)], StageConfig(steps, 1, 1, 0.1, 0.9), tmp_path, 0)
+
+    def run(loop):
+        def loss(step):
+            value = (loop.modules[0](torch.ones(1, 1))[0] - target).square().sum()
+            return value, {"loss": value.detach()}
+
+        loop.run(loss, every=10)
+
+    first = loop(60)
+    first.config = StageConfig(30, 1, 1, 0.1, 0.9)  # stopped half way
+    run(first)
+    second = loop(60)
+    assert second.step == 30 and not second.done
+    run(second)
+    assert second.step == 60 and [row["step"] for row in second.history] == [10, 20, 30, 40, 50, 60]
+    assert second.history[-1]["loss"] < 0.1 * second.history[0]["loss"]
+
+
+def test_simulated_sums_have_the_law_of_a_release():
+    g = torch.Generator().manual_seed(0)
+    codes = torch.zeros(4000, 6, 3)
+    codes[:, :, 0] = COUNT_COORDINATE
+    codes[:, :, 1] = 0.25
+    sizes, std = torch.full((4000,), 500.0), torch.full((4000,), 3.0)
+    sums, stated = simulate_sums(codes, sizes, std, g)
+    assert torch.equal(stated, std)
+    mean, spread = sums.mean(0), sums.std(0)
+    # 4000 draws of std 3: the mean has std 0.047, the std 0.034; six of them: false alarm below 1e-8 each
+    assert torch.allclose(mean, torch.tensor([250.0, 125.0, 0.0]), atol=6 * 0.047)
+    assert torch.allclose(spread, torch.full((3,), 3.0), atol=6 * 0.034)
+
+
+def test_small_sets_use_only_as_many_images_as_they_have():
+    codes = torch.arange(5.0)[None, :, None].expand(1, 5, 2)
+    sums, _ = simulate_sums(codes, torch.tensor([2.0]), torch.zeros(1), torch.Generator())
+    assert torch.allclose(sums, torch.full((1, 2), 1.0))
+
+
+def test_presets_train_at_the_sizes_and_noise_they_will_meet():
+    """A hypernetwork used at a set size or noise it was not trained for is badly wrong."""
+    preset = PRESETS["glyphs"]
+    low, high = preset.mean_noise
+    for num_private, noise_multiplier in [(12, 3.73), (128, 7.03), (144, 3.73), (6000, 3.73), (144, 1.08)]:
+        assert preset.set_size[0] <= num_private <= preset.set_size[1]
+        assert low <= noise_multiplier / num_private <= high
