@@ -24,6 +24,7 @@ The modules, in the order in which to read them:
 `evaluation`        research metrics, not differentially private
 `baselines`         DP-SGD LoRA and the controls
 `comparison`        the grid methods x epsilon x seeds
+`tuning`            settings of the comparison, found on public stand-ins
 `records`           result records with provenance
 `report`            records -> tables and sentences
 `figures`           records and images -> figures
@@ -67,6 +68,7 @@ __all__ = [
     "report",
     "strict_json",
     "training",
+    "tuning",
     "verification",
 ]
 

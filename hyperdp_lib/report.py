@@ -38,6 +38,16 @@ SCORE_LABELS = {
     "precision": "precision",
     "recall": "recall",
 }
+# the comparison in which neither the method nor any control has seen a letter that looks like a digit
+MAIN_PAIR = "glyphs-digits-no-lookalikes"
+# the same trained weights; only the bank of the retrieval control also holds the look-alikes
+LOOKALIKE_PAIR = "glyphs-digits"
+_VERDICTS = (
+    "better",
+    "worse",
+    "no difference beyond the spread over seeds",
+    "too few seeds to tell",
+)
 _START, _END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -80,8 +90,8 @@ def value(scores: pd.DataFrame, score: str) -> str:
     return f"{text} ± {known.std():.{digits}f}" if len(known) > 1 else text
 
 
-def results_table(scores: pd.DataFrame, pair: str, *, commands: bool = False) -> str:
-    """One Markdown row per method and epsilon: mean ± standard deviation over seeds.
+def score_table(scores: pd.DataFrame, pair: str, score: str) -> str:
+    """One score as a Markdown table: a row per method, a column per epsilon, mean ± standard deviation over seeds.
 
     Parameters
     ----------
@@ -89,29 +99,44 @@ def results_table(scores: pd.DataFrame, pair: str, *, commands: bool = False) ->
         From `records.load_records`.
     pair
         Public-private pair, e.g. `"glyphs-digits"`.
-    commands
-        Whether to add, to each row, the command that makes its first record.
+    score
+        `"accuracy"`, `"frechet_distance"`, `"precision"` or `"recall"`. Methods without it (a classifier has no
+        Fréchet distance) get no row.
     """
+    chosen = select(scores, pair)
+    chosen = chosen.loc[_known(chosen, score).index]
+    if chosen.empty:
+        return f"*No {score_name(score)} of {pair} on record: `hyperdp compare` makes records.*"
+    budgets = sorted(set(chosen["epsilon"]))
+    head = [SCORE_LABELS.get(score, score), *(f"ε = {epsilon_label(epsilon)}" for epsilon in budgets)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(budgets)]
+    for method in order(set(chosen["method"])):
+        mine = chosen[chosen["method"] == method]
+        cells = [value(mine[mine["epsilon"] == epsilon], score) for epsilon in budgets]
+        lines.append("| " + " | ".join([METHOD_LABELS.get(method, method), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def commands(scores: pd.DataFrame) -> str:
+    """The commands that made the given records, each once, as a Markdown code block."""
+    if "provenance.command" not in scores.columns:
+        return "*No records.*"
+    return "\n".join(["```bash", *dict.fromkeys(scores["provenance.command"].dropna()), "```"])
+
+
+def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
+    """What the README says about the results: two tables and, for each rival, where the method wins and loses."""
     chosen = select(scores, pair)
     if chosen.empty:
         return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
-    head = ["method", "ε", "accuracy", "Fréchet distance", "seeds", *(["command"] if commands else [])]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for method in order(set(chosen["method"])):
-        mine = chosen[chosen["method"] == method]
-        for epsilon in sorted(set(mine["epsilon"])):
-            rows = mine[mine["epsilon"] == epsilon].sort_values("seed")
-            cells = [
-                METHOD_LABELS.get(method, method),
-                epsilon_label(epsilon),
-                value(rows, "accuracy"),
-                value(rows, "frechet_distance"),
-                str(rows["seed"].nunique()),
-            ]
-            if commands:
-                cells.append(f"`{rows['provenance.command'].iloc[0]}`")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    tables = [score_table(chosen, pair, score) for score in ("accuracy", "frechet_distance")]
+    bullets = [
+        f"- {verdicts(chosen, score, 'dp_deepsets', other)}"
+        for other in ("dp_lora", "nearest_public")
+        for score in ("accuracy", "frechet_distance")
+    ]
+    seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {_numbers(chosen['num_private'])}."
+    return "\n\n".join([*tables, seeds, "\n".join(bullets)])
 
 
 def comparison_sentence(scores: pd.DataFrame, score: str, ours: str, other: str, epsilon: float) -> str:
@@ -123,38 +148,69 @@ def comparison_sentence(scores: pd.DataFrame, score: str, ours: str, other: str,
     at_epsilon = scores[scores["epsilon"] == epsilon]
     mine, theirs = (at_epsilon[at_epsilon["method"] == method] for method in (ours, other))
     our_label, other_label = METHOD_LABELS.get(ours, ours), METHOD_LABELS.get(other, other)
-    name = "downstream accuracy" if score == "accuracy" else SCORE_LABELS.get(score, score).split(" (")[0]
+    name = score_name(score)
     where = f"At ε = {epsilon_label(epsilon)}"
-    ours_known, others_known = _known(mine, score), _known(theirs, score)
-    if ours_known.empty or others_known.empty:
-        missing = our_label if ours_known.empty else other_label
+    if _known(mine, score).empty or _known(theirs, score).empty:
+        missing = our_label if _known(mine, score).empty else other_label
         return f"{where} there is no {name} on record for {missing}."
-    gap = ours_known.mean() - others_known.mean()
-    error = math.sqrt(sum(float(k.var()) / len(k) for k in (ours_known, others_known) if len(k) > 1))
-    if score == "frechet_distance":
-        gap = -gap
-    if min(len(ours_known), len(others_known)) < 2:
-        verdict = "too few seeds to say which is better"
-    elif abs(gap) <= 2 * error:
-        verdict = "no difference beyond the spread over seeds"
-    else:
-        verdict = f"{our_label} is {'better' if gap > 0 else 'worse'}"
+    judged = _verdict(mine, theirs, score)
+    verdict = f"{our_label} is {judged}" if judged in ("better", "worse") else judged
     return (
         f"{where}, the {name} is {value(mine, score)} for {our_label} and {value(theirs, score)} "
         f"for {other_label}: {verdict}."
     )
 
 
-def write_table(readme: str | Path, folder: str | Path, pair: str = "glyphs-digits") -> None:
-    """Replace the text between the two `results` markers of a Markdown file by the table of the records."""
+def verdicts(scores: pd.DataFrame, score: str, ours: str, other: str) -> str:
+    """One sentence over all budgets on record for both methods: where ours is better, where worse, where neither.
+
+    Judged as in `comparison_sentence`.
+    """
+    our_label, other_label = METHOD_LABELS.get(ours, ours), METHOD_LABELS.get(other, other)
+    found: dict[str, list[str]] = {}
+    for epsilon in sorted(set(scores["epsilon"])):
+        at_epsilon = scores[scores["epsilon"] == epsilon]
+        mine, theirs = (at_epsilon[at_epsilon["method"] == method] for method in (ours, other))
+        if not _known(mine, score).empty and not _known(theirs, score).empty:
+            found.setdefault(_verdict(mine, theirs, score), []).append("∞" if math.isinf(epsilon) else f"{epsilon:g}")
+    start = f"{score_name(score).capitalize()}, {our_label} against {other_label}"
+    if not found:
+        return f"{start}: nothing on record."
+    parts = (f"{judged} at ε = {', '.join(found[judged])}" for judged in _VERDICTS if judged in found)
+    return f"{start}: {'; '.join(parts)}."
+
+
+def score_name(score: str) -> str:
+    """A score's name inside a sentence: `downstream accuracy`, `Fréchet distance`."""
+    return SCORE_LABELS.get(score, score).split(" (")[0]
+
+
+def _verdict(mine: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
+    """One of `_VERDICTS`; both sides have the score."""
+    ours_known, others_known = _known(mine, score), _known(theirs, score)
+    if min(len(ours_known), len(others_known)) < 2:
+        return "too few seeds to tell"
+    gap = float(ours_known.mean() - others_known.mean()) * (-1 if score == "frechet_distance" else 1)
+    error = math.sqrt(sum(float(known.var()) / len(known) for known in (ours_known, others_known)))
+    if abs(gap) <= 2 * error:
+        return "no difference beyond the spread over seeds"
+    return "better" if gap > 0 else "worse"
+
+
+def _numbers(column: pd.Series) -> str:
+    return ", ".join(f"{number:,}" for number in sorted(set(column)))
+
+
+def write_table(readme: str | Path, folder: str | Path, pair: str = MAIN_PAIR) -> None:
+    """Replace the text between the two `results` markers of a Markdown file by what the records say."""
     path = Path(readme)
     text = path.read_text(encoding="utf-8")
     if _START not in text or _END not in text:
         raise InputError(f"{path} has no {_START} ... {_END}: put the two markers where the table belongs")
     before, rest = text.split(_START, 1)
     after = rest.split(_END, 1)[1]
-    table = results_table(load_records(folder), pair)
-    path.write_text(f"{before}{_START}\n{table}\n{_END}{after}", encoding="utf-8")
+    block = results_block(load_records(folder), pair)
+    path.write_text(f"{before}{_START}\n{block}\n{_END}{after}", encoding="utf-8")
 
 
 def _known(scores: pd.DataFrame, score: str) -> pd.Series:
@@ -166,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.report", description=__doc__.splitlines()[0])
     parser.add_argument("readme", help="Markdown file with the two results markers, rewritten in place")
     parser.add_argument("--records", default="book/results", help="folder of records (default: %(default)s)")
-    parser.add_argument("--pair", default="glyphs-digits", help="public-private pair (default: %(default)s)")
+    parser.add_argument("--pair", default=MAIN_PAIR, help="public-private pair (default: %(default)s)")
     chosen = parser.parse_args(arguments)
     write_table(chosen.readme, chosen.records, chosen.pair)
     return 0

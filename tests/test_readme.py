@@ -75,5 +75,5 @@ def test_results_table_is_what_the_records_say() -> None:
     folder = ROOT / "book" / "results"
     if not folder.is_dir():
         pytest.skip("no records in book/results yet")
-    table = report.results_table(records.load_records(folder), "glyphs-digits")
-    assert f"<!-- results:start -->\n{table}\n<!-- results:end -->" in README, "run: make results-table"
+    block = report.results_block(records.load_records(folder))
+    assert f"<!-- results:start -->\n{block}\n<!-- results:end -->" in README, "run: make results-table"

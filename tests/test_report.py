@@ -9,6 +9,7 @@ from hyperdp_lib import report
 from hyperdp_lib.data import InputError
 from hyperdp_lib.records import Record, load_records
 
+PAIR = report.MAIN_PAIR
 ACCURACY = {
     ("dp_deepsets", 1.0): (0.80, 0.82),
     ("dp_lora", 1.0): (0.20, 0.22),
@@ -21,22 +22,57 @@ def folder(tmp_path: Path) -> Path:
     for (method, epsilon), values in ACCURACY.items():
         for seed, accuracy in enumerate(values):
             Record(
-                *("glyphs-digits", method, epsilon, 1e-5, "add_or_remove_one", 100, seed),
+                *(PAIR, method, epsilon, 1e-5, "add_or_remove_one", 100, seed),
                 scores={"accuracy": accuracy, "frechet_distance": 500 - 100 * accuracy},
                 provenance={"command": f"hyperdp compare --methods {method}"},
             ).save(tmp_path)
     return tmp_path
 
 
-def test_table_has_a_row_per_method_and_epsilon(folder: Path) -> None:
-    lines = report.results_table(load_records(folder), "glyphs-digits", commands=True).splitlines()
-    assert lines[2:] == [
-        "| DP-DeepSets | 1 | 0.81 ± 0.01 | 419 ± 1 | 2 | `hyperdp compare --methods dp_deepsets` |",
-        "| DP-DeepSets | ∞ (no noise) | 0.82 ± 0.01 | 418 ± 1 | 2 "
-        "| `hyperdp compare --methods dp_deepsets` |",
-        "| DP-SGD LoRA | 1 | 0.21 ± 0.01 | 479 ± 1 | 2 | `hyperdp compare --methods dp_lora` |",
+def test_table_has_a_row_per_method_and_a_column_per_epsilon(folder: Path) -> None:
+    table = load_records(folder)
+    assert report.score_table(table, PAIR, "accuracy").splitlines() == [
+        "| downstream accuracy (higher is better) | ε = 1 | ε = ∞ (no noise) |",
+        "|---|---:|---:|",
+        "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |",
+        "| DP-SGD LoRA | 0.21 ± 0.01 | – |",
     ]
-    assert "No records of other yet" in report.results_table(load_records(folder), "other")
+    assert "419 ± 1" in report.score_table(table, PAIR, "frechet_distance")
+    assert report.score_table(table, "other", "accuracy").startswith("*No downstream accuracy of other on record")
+    assert report.score_table(table, PAIR, "recall").startswith("*No recall")
+
+
+def test_method_without_a_score_has_no_row(folder: Path) -> None:
+    classifier = Record(PAIR, "noisy_class_means", 1.0, 1e-5, "add_or_remove_one", 100, 0, scores={"accuracy": 0.7})
+    classifier.save(folder)
+    table = load_records(folder)
+    assert "nearest noisy class mean" in report.score_table(table, PAIR, "accuracy")
+    assert "nearest noisy class mean" not in report.score_table(table, PAIR, "frechet_distance")
+
+
+def test_commands_are_listed_once_each(folder: Path) -> None:
+    assert report.commands(load_records(folder)).splitlines() == [
+        "```bash",
+        "hyperdp compare --methods dp_deepsets",
+        "hyperdp compare --methods dp_lora",
+        "```",
+    ]
+
+
+def test_verdicts_say_where_ours_wins_and_loses(folder: Path) -> None:
+    for seed, accuracy in enumerate((0.9, 0.92)):
+        for method, here in (("dp_deepsets", 0.5), ("dp_lora", accuracy)):
+            scores = {"accuracy": here, "frechet_distance": 300.0}
+            Record(PAIR, method, 10.0, 1e-5, "add_or_remove_one", 100, seed, scores=scores).save(folder)
+    table = load_records(folder)
+    assert report.verdicts(table, "accuracy", "dp_deepsets", "dp_lora") == (
+        "Downstream accuracy, DP-DeepSets against DP-SGD LoRA: better at ε = 1; worse at ε = 10."
+    )
+    distance = report.verdicts(table, "frechet_distance", "dp_deepsets", "dp_lora")
+    assert distance.endswith("better at ε = 1; no difference beyond the spread over seeds at ε = 10.")
+    assert report.verdicts(table, "accuracy", "dp_deepsets", "nearest_public").endswith("nothing on record.")
+    one_seed = report.verdicts(table[table["seed"] == 0], "accuracy", "dp_deepsets", "dp_lora")
+    assert one_seed.endswith("too few seeds to tell at ε = 1, 10.")
 
 
 def test_sentence_follows_the_numbers(folder: Path) -> None:
@@ -54,15 +90,15 @@ def test_sentence_follows_the_numbers(folder: Path) -> None:
     assert same.endswith("no difference beyond the spread over seeds.")
     first = table[table["seed"] == 0]
     one_seed = report.comparison_sentence(first, "accuracy", "dp_deepsets", "dp_lora", 1.0)
-    assert one_seed.endswith("too few seeds to say which is better.")
+    assert one_seed.endswith("too few seeds to tell.")
     missing = report.comparison_sentence(table, "accuracy", "dp_deepsets", "nearest_public", 1.0)
     assert missing == "At ε = 1 there is no downstream accuracy on record for nearest public data."
 
 
 def test_select_keeps_epsilon_zero_and_infinity_apart(folder: Path) -> None:
     table = load_records(folder)
-    assert len(report.select(table, "glyphs-digits", method="dp_deepsets", epsilon=math.inf)) == 2
-    assert report.select(table, "glyphs-digits", epsilon=0.0).empty
+    assert len(report.select(table, PAIR, method="dp_deepsets", epsilon=math.inf)) == 2
+    assert report.select(table, PAIR, epsilon=0.0).empty
 
 
 def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Path) -> None:
@@ -71,7 +107,7 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Pa
     assert report.main([str(readme), "--records", str(folder)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| DP-SGD LoRA | 1 | 0.21 ± 0.01 |" in text
+    assert "| DP-SGD LoRA | 0.21 ± 0.01 |" in text and "better at ε = 1" in text
     report.main([str(readme), "--records", str(folder)])
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text("no markers", encoding="utf-8")
