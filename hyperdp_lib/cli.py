@@ -200,6 +200,7 @@ def _compare(options: argparse.Namespace) -> None:
         num_private=options.num_private,
         seeds=range(options.seeds),
         hypernetwork=options.hypernetwork,
+        lookalikes=options.lookalikes,
         out=options.out,
         device=options.device,
     )
@@ -414,6 +415,7 @@ def _parser() -> _Parser:
     add("--num-private", type=int, help="private images to use; default: all")
     add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the records' paths as JSON")

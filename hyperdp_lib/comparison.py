@@ -44,6 +44,7 @@ def compare(
     hypernetwork: str | Path | tuple[nn.Module, Any] = "glyphs",
     feature_network: evaluation.FeatureNetwork | None = None,
     tasks: controls.PublicTasks | None = None,
+    lookalikes: bool = False,
     settings: Settings | None = None,
     pair: str | None = None,
     device: str = "cpu",
@@ -70,6 +71,9 @@ def compare(
         Private training images to use, evenly by class; default all.  This number is treated as declared.
     hypernetwork : str, path or (base model, hypernetwork)
         Pretrained name or folder.
+    lookalikes : bool
+        Whether retrieval may show the letters that look like digits. The shipped weights never saw them, so this
+        gives an advantage to the control alone; the pair's name says which.
     settings : Settings, optional
         Default: those that ship with the hypernetwork, else `Settings()`.
 
@@ -84,7 +88,9 @@ def compare(
         raise InputError(f"every epsilon must be positive and finite, got {budgets}.")
     base_model, network, features, found = load_models(hypernetwork, feature_network, device)
     train, test, name = _private_sets(private, base_model)
-    pair = pair or (f"glyphs-{name}" if hypernetwork == "glyphs" else name)
+    if pair is None:
+        variant = "" if lookalikes else "-no-lookalikes"
+        pair = f"glyphs-{name}{variant}" if hypernetwork == "glyphs" else name
     size = len(train) if num_private is None else num_private
     fixed = {
         "weights_sha256": artefacts.tensors_sha256({**base_model.state_dict(), **network.state_dict()}),
@@ -108,7 +114,7 @@ def compare(
         base_model=base_model,
         hypernetwork=network,
         feature_network=features,
-        bank=bank_source(tasks, network, settings or found),
+        bank=bank_source(tasks, network, settings or found, lookalikes),
         private_train=train,
         private_test=test,
         private_reference=train,
@@ -145,6 +151,10 @@ def compare(
                 settings={**fixed, "sampling_steps": bench.settings.sampling_steps, **outcome.settings},
                 provenance=records.provenance(command, device, started),
             ).save(out)
+            if outcome.images is not None and seed == cells[0][2]:  # one sample sheet for each method and budget
+                labels = outcome.labels if train.class_names else None
+                sheet = ImageSet(outcome.images, labels, train.class_names)
+                data.save_grid(path.with_suffix(".png"), sheet, columns=20, rows=10)
     return paths
 
 
@@ -230,16 +240,18 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
     return base_model.to(device), network.to(device), feature_network.to(device), found
 
 
-def bank_source(tasks: Any, network: Any, settings: Settings) -> Callable[[], controls.PublicBank]:
+def bank_source(
+    tasks: Any, network: Any, settings: Settings, lookalikes: bool = False
+) -> Callable[[], controls.PublicBank]:
     """Makes the bank at its first call; by default from the glyph tasks that train the hypernetwork."""
 
     @functools.cache
     def bank() -> controls.PublicBank:
         source = tasks
         if source is None:
-            from hyperdp_lib.glyphs import GlyphTasks
+            from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
 
-            source = GlyphTasks()
+            source = GlyphTasks(GlyphConfig(lookalikes=lookalikes))
         return controls.PublicBank.build(
             source,
             network.encoder,
