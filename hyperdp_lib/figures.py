@@ -106,9 +106,7 @@ def sample_sheet(
     class_names
         One per class, shown to the left of its row.
     """
-    figure, rows = plt.subplots(
-        len(class_names), 1, figsize=(0.52 * per_class, 0.53 * len(class_names)), squeeze=False
-    )
+    figure, rows = plt.subplots(len(class_names), 1, figsize=(0.52 * per_class, 0.53 * len(class_names)), squeeze=False)
     for label, axes in enumerate(rows[:, 0]):
         chosen = images[labels == label][:per_class]
         draw_images(axes, chosen, columns=max(per_class, 1))
@@ -129,6 +127,31 @@ def sheets(images_by_title: Mapping[str, Tensor], *, columns: int = 10, width: f
     return figure
 
 
+def pictures(pixels_by_title: Mapping[str, np.ndarray], *, columns: int = 2, width: float = 4.6) -> Figure:
+    """Finished pictures, such as the sheets saved with records, each under its title; row by row, pixels unchanged.
+
+    Parameters
+    ----------
+    pixels_by_title
+        Title to `(H, W)` or `(H, W, 3)`, as `matplotlib.pyplot.imread` returns it. All of about one shape.
+    columns
+        Pictures in a row.
+    width
+        Of each, in inches.
+    """
+    shape = np.max([pixels.shape[:2] for pixels in pixels_by_title.values()], axis=0)
+    columns = min(columns, len(pixels_by_title))
+    rows = math.ceil(len(pixels_by_title) / columns)
+    height = width * shape[0] / shape[1] + 0.35  # room for the title
+    figure, panels = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, (title, pixels) in zip(panels.flat, pixels_by_title.items(), strict=False):
+        axes.imshow(pixels, cmap="gray")
+        axes.set_title(title, fontsize="small")
+    return figure
+
+
 def scores_against_epsilon(
     scores: pd.DataFrame, pair: str, *, show: Sequence[str] = ("accuracy", "frechet_distance")
 ) -> Figure:
@@ -142,7 +165,7 @@ def scores_against_epsilon(
     scores
         From `records.load_records`.
     pair
-        E.g. `"glyphs-digits"`.
+        E.g. `"glyphs-digits-no-lookalikes"`.
     show
         Score columns, one panel each.
     """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -48,6 +50,13 @@ _VERDICTS = (
     "no difference beyond the spread over seeds",
     "too few seeds to tell",
 )
+# names in the training's log -> words
+_LOGGED = {
+    "held_out": "loss on held-out tasks",
+    "held_out_no_adapter": "without adapters",
+    "classify": "classification loss",
+    "redraw": "redrawing loss",
+}
 _START, _END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -137,6 +146,39 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
     ]
     seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {_numbers(chosen['num_private'])}."
     return "\n\n".join([*tables, seeds, "\n".join(bullets)])
+
+
+def training_table(manifest: Mapping[str, Any]) -> str:
+    """The public training as Markdown: a row per stage, then device, and what the adapters do on held-out tasks.
+
+    Parameters
+    ----------
+    manifest
+        Of trained weights (`manifest.json`), written by `hyperdp train`.
+    """
+    stages = manifest.get("stages")
+    if not stages:
+        return "*The manifest of these weights does not say how they were trained.*"
+    lines = ["| stage | steps | tasks x images in a step | minutes | at the last log |", "|---|---:|---:|---:|---|"]
+    for name, log in stages.items():
+        batch = manifest["preset"][f"{name}_stage"]
+        numbers = ", ".join(
+            f"{_LOGGED.get(key, key)} {number:.3f}"
+            for key, number in log["last"].items()
+            if key not in ("step", "seconds")
+        )
+        size = f"{batch['tasks']} x {batch['images']}"
+        lines.append(f"| {name} | {log['steps']:,} | {size} | {log['seconds'] / 60:.0f} | {numbers} |")
+    total = sum(log["seconds"] for log in stages.values()) / 60
+    after = f"Together {total:.0f} minutes on {manifest['device']}, by `{manifest['command']}`."
+    last = stages["joint"]["last"] if "joint" in stages else {}
+    if {"held_out", "held_out_no_adapter"} <= last.keys():
+        adapted, alone = last["held_out"], last["held_out_no_adapter"]
+        after += (
+            f" On held-out tasks of 128 images, with the noise of ε = 1, the denoising loss is {adapted:.3f} with "
+            f"adapters and {alone:.3f} without: {abs(1 - adapted / alone):.0%} {'lower' if adapted < alone else 'higher'}."
+        )
+    return "\n".join([*lines, "", after])
 
 
 def comparison_sentence(scores: pd.DataFrame, score: str, ours: str, other: str, epsilon: float) -> str:

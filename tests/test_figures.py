@@ -33,6 +33,14 @@ def test_colour_images_and_sheets() -> None:
     assert len(figures.sample_sheet(images, labels, ["x", "y", "z"], per_class=2).axes) == 3
 
 
+def test_pictures_in_rows_of_two() -> None:
+    sheets = {str(number): np.zeros((10, 20)) for number in range(3)}
+    figure = figures.pictures(sheets)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["0", "1", "2", ""]
+    assert len(figure.axes[3].images) == 0
+    assert len(figures.pictures({"one": np.zeros((10, 20, 3))}).axes) == 1
+
+
 def test_scores_against_epsilon(tmp_path) -> None:
     cells = [("dp_deepsets", 0.0), ("dp_deepsets", 1.0), ("dp_deepsets", None), ("dp_lora", 1.0)]
     for method, epsilon in cells:

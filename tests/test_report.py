@@ -1,5 +1,6 @@
 """Tables and sentences follow the records: they say better, worse or neither, and what is missing."""
 
+import json
 import math
 from pathlib import Path
 
@@ -113,3 +114,30 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Pa
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(InputError, match="put the two markers"):
         report.main([str(readme), "--records", str(folder)])
+
+
+def test_training_table_reads_the_manifest() -> None:
+    stage = {"tasks": 64, "images": 8}
+    last = {"step": 4000, "seconds": 600, "loss": 0.25, "held_out": 0.24, "held_out_no_adapter": 0.32}
+    manifest = {
+        "command": "hyperdp train --preset glyphs",
+        "device": "CPU (x86_64)",
+        "preset": {"base_stage": stage, "joint_stage": stage},
+        "stages": {
+            "base": {"steps": 1200, "seconds": 300, "last": {"step": 1200, "seconds": 300, "loss": 0.35}},
+            "joint": {"steps": 4000, "seconds": 600, "last": last},
+        },
+    }
+    text = report.training_table(manifest)
+    assert "| base | 1,200 | 64 x 8 | 5 | loss 0.350 |" in text
+    assert "| joint | 4,000 | 64 x 8 | 10 | loss 0.250, loss on held-out tasks 0.240, without adapters 0.320 |" in text
+    assert "Together 15 minutes on CPU (x86_64), by `hyperdp train --preset glyphs`." in text
+    assert "0.240 with adapters and 0.320 without: 25% lower." in text
+    assert "does not say" in report.training_table({"name": "untold"})
+
+
+def test_shipped_manifest_makes_a_table() -> None:
+    from hyperdp_lib.hypernetwork import resolve
+
+    manifest = json.loads((resolve("glyphs") / "manifest.json").read_text(encoding="utf-8"))
+    assert report.training_table(manifest)
