@@ -3,11 +3,16 @@
 The encoder is public: trained on public tasks, then frozen. It looks at one image at a time (GroupNorm, never batch
 statistics), so an example's vector depends on that example alone. Coordinate 0 is the constant
 ``COUNT_COORDINATE``: its noisy sum is a noisy count, so that the number of private examples need not be public.
+
+"On that example alone" has to hold to the last bit, since the mechanism's sensitivity is exact. Matrix products round
+differently for different batch *sizes* (and numbers of threads), so removing one example would move the last digits of
+others if it changed the size of their batch. The encoder therefore always sees batches of one size, the last filled
+up with blank images. That a place within such a batch makes no difference is tested, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COUNT_COORDINATE = 0.5
+CHUNK = 128  # images the encoder runs on at a time, always exactly so many; see `embed_batches`
+BATCH_SIZE = 256  # of every batch that the encoder embeds, see above
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,19 @@ def embed(encoder: Encoder, images: Tensor, *, batch_size: int = 1024) -> Tensor
 
 
 @torch.no_grad()
-def embed_batches(encoder: Encoder, batches: Iterator[Tensor] | tuple[Tensor, ...]) -> Iterator[np.ndarray]:
-    """Stream: one array (B, k) of float32 per batch of images; memory does not grow with the number of images."""
+def embed_batches(encoder: Encoder, batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Stream: one array (B, k) of float32 per batch of images; memory does not grow with the number of images.
+
+    The encoder always runs on exactly ``CHUNK`` images, the last ones padded with zeros. Matrix libraries choose
+    kernels by shape, so with batches of varying size the last bit of an example's vector would depend on how many
+    others there are, and the sum on one example by more than its own contribution.
+    """
     encoder.eval()
     device = next(encoder.parameters()).device
     for images in batches:
-        yield encoder(images.to(device)).cpu().numpy()
+        parts = []
+        for chunk in images.to(device).split(CHUNK):
+            padded = chunk.new_zeros(CHUNK, *chunk.shape[1:])
+            padded[: len(chunk)] = chunk
+            parts.append(encoder(padded)[: len(chunk)].cpu())
+        yield torch.cat(parts).numpy()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
+from hyperdp_lib.embedding import BATCH_SIZE, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,21 @@ def test_an_example_does_not_see_its_neighbours(encoder):
     alone = torch.cat([embed(encoder, image[None]) for image in images])
     stranger = torch.full((20, 1, 16, 16), 1.0)
     together = embed(encoder, torch.cat([images, stranger]))[:20]
-    assert torch.allclose(alone, together, atol=1e-6)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_removing_an_example_changes_no_bit_of_the_others(width):
+    """Exact sensitivity needs exact independence, across batch sizes and places in a batch."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(width=width)).eval()
+    images = torch.rand(BATCH_SIZE + 3, 1, 16, 16) * 2 - 1  # the remainder is small: matrix products round otherwise
+    codes = embed(encoder, images)
+    for removed in (0, 1, BATCH_SIZE - 1, BATCH_SIZE, len(images) - 1):
+        kept = torch.arange(len(images)) != removed
+        assert torch.equal(embed(encoder, images[kept]), codes[kept])
+        assert torch.equal(embed(encoder, images[kept], batch_size=100), codes[kept])
+    assert torch.equal(embed(encoder, images.flip(0)), codes.flip(0))
 
 
 def test_batch_normalisation_would_be_caught(encoder):
@@ -58,7 +72,7 @@ def test_streaming_equals_one_go_and_is_lazy(encoder):
     stream = embed_batches(encoder, batches())
     first = next(stream)
     assert drawn == 1 and first.dtype == np.float32
-    assert np.allclose(np.concatenate([first, *stream]), embed(encoder, images), atol=1e-6)
+    assert np.array_equal(np.concatenate([first, *stream]), embed(encoder, images))
 
 
 def test_no_images_give_no_codes(encoder):
