@@ -176,7 +176,8 @@ def training_table(manifest: Mapping[str, Any]) -> str:
         adapted, alone = last["held_out"], last["held_out_no_adapter"]
         after += (
             f" On held-out tasks of 128 images, with the noise of ε = 1, the denoising loss is {adapted:.3f} with "
-            f"adapters and {alone:.3f} without: {abs(1 - adapted / alone):.0%} {'lower' if adapted < alone else 'higher'}."
+            f"adapters and {alone:.3f} without: {abs(1 - adapted / alone):.0%} "
+            f"{'lower' if adapted < alone else 'higher'}."
         )
     return "\n".join([*lines, "", after])
 
