@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ def use_plain_attention(model: nn.Module) -> nn.Module:
     """Write attention as plain matrix products: on a CPU the fused kernel's backward is several times slower."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    for block in model.transformer_blocks:
+    blocks: Any = model.transformer_blocks
+    for block in blocks:
         block.attn1.set_processor(AttnProcessor())
     return model
 
@@ -133,7 +135,8 @@ def sample(
         )
     share = num_images // members
     per_batch = max(1, batch_size // members)
-    config, device = base_model.config, next(base_model.parameters()).device
+    config: Any = base_model.config
+    device = next(base_model.parameters()).device
     shape = (config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(members, share, *shape, generator=generator)
     labels = None if class_labels is None else class_labels.view(members, share)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib.data import InputError
@@ -88,8 +88,10 @@ class FeatureNetwork(nn.Module):
         state = self.state_dict()
         tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
         shape = {key: getattr(self, key) for key in ("channels", "image_size", "dimension", "name")}
-        # one entry only: safetensors writes several in random order, and the same network should give the same bytes
-        save_file(tensors, str(path), metadata={"feature_network": json.dumps(shape)})
+        # One entry only: safetensors writes several in random order, and the same network should give the same bytes.
+        # Written by us: safetensors makes files that only their owner may read.
+        content = to_safetensors(tensors, metadata={"feature_network": json.dumps(shape)})
+        Path(path).write_bytes(content)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> FeatureNetwork:

@@ -100,7 +100,7 @@ def _characters(font_name: str, font) -> list[str]:
         category = unicodedata.category(c)
         if (
             category in ("Lu", "Ll", "Lt", "Lo", "Sm", "So", "Sc", "Po")
-            and unicodedata.name(c, "")
+            and unicodedata.name(c, "") != ""
             and not is_number(c)
         ):
             chosen.append(c)

@@ -11,6 +11,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -162,7 +163,8 @@ def summary(noisy_sum: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor, Tenso
 def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetwork, manifest: dict) -> None:
     """Write base model (diffusers folder), encoder and hypernetwork (safetensors, half precision) and the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy.deepcopy(base_model).half().save_pretrained(folder / "base")
+    halved: Any = copy.deepcopy(base_model).half()
+    halved.save_pretrained(folder / "base")
     for name, state in (("encoder", hypernetwork.encoder.state_dict()), ("hypernetwork", hypernetwork.decoder_state())):
         half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
         (folder / f"{name}.safetensors").write_bytes(to_safetensors(half))

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,8 +80,9 @@ def release(
     _check_images(private_images, hypernetwork)
     names = _check_labels(private_images, private_labels, class_names)
     try:
-        if noise_multiplier is None:
+        if epsilon is not None:
             noise_multiplier = accounting.noise_multiplier(epsilon, delta)
+        assert noise_multiplier is not None  # one of the two is given
         config = mechanism.GaussianSum(
             dimension=hypernetwork.encoder.config.dimension,
             noise_multiplier=noise_multiplier,
@@ -237,7 +238,8 @@ def model_card(
     """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only."""
     where = f"classes/{name}" if name else "."
     what = f"class `{name}` of {len(statement.class_names)}" if name else "one unlabelled data set"
-    channels, size = base_model.config.in_channels, base_model.config.sample_size
+    shape: Any = base_model.config
+    channels, size = shape.in_channels, shape.sample_size
     return f"""{statement.sentence}
 
 LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}.

@@ -210,7 +210,7 @@ class Loop:
                 if self.step % every == 0 or self.done:
                     self.seconds = saved + time.perf_counter() - started
                     taken = (self.step - 1) % every + 1
-                    row = {"step": self.step, "seconds": round(self.seconds)}
+                    row: dict[str, float] = {"step": self.step, "seconds": round(self.seconds)}
                     row |= {k: round(v / taken, 5) for k, v in sums.items()}
                     if check is not None:
                         row |= self._with_average(check)
