@@ -1,6 +1,6 @@
 """What T different adapters in one batch cost, against the plain forward and backward of the same batch.
 
-    python benchmarks/adapter_speed.py --out adapter_speed.json
+    python benchmarks/adapter_speed.py    # writes book/results/benchmarks/adapter_speed.json
 
 ``plain`` trains the base weights, without adapters; ``adapters`` differentiates through the T adapters with
 the base frozen; ``joint`` does both; ``loop`` is the oracle, one adapter after the other. The variants take
@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import diffusers
-import peft
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -30,7 +27,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, apply_adapters, lora_geometry
+from hyperdp_lib.records import provenance, write_atomically
 
+OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "adapter_speed.json"
 TARGETS = {"dit": 1.25, "unet": 1.7}
 DIT_LORA = (
     r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=4, help="M, examples per adapter")
     parser.add_argument("--lora-rank", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     record: dict = {
@@ -161,8 +160,7 @@ def main() -> None:
         "lora_rank": arguments.lora_rank,
         "repetitions": arguments.repetitions,
         "clock": "process CPU seconds, one thread",
-        "processor": platform.processor() or platform.machine(),
-        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, peft)},
+        "provenance": provenance(),
     }
     for name in arguments.models:
         result = measure(
@@ -176,8 +174,8 @@ def main() -> None:
             f"joint {result['joint_ratio']:.2f}, loop {result['loop_ratio']:.2f}; "
             f"plain {1000 * result['plain_cpu_seconds']:.1f} CPU ms"
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_atomically(arguments.out, json.dumps(record, indent=1) + "\n")
+    print(f"wrote {arguments.out.name}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 COUNT_COORDINATE = 0.5
-CHUNK = 128  # images the encoder runs on at a time, always exactly so many; see `embed_batches`
-BATCH_SIZE = 256  # of every batch that the encoder embeds, see above
+CHUNK = 128  # images the encoder runs on at a time, always exactly so many; see above
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,7 @@ def embed(encoder: Encoder, images: Tensor, *, batch_size: int = 1024) -> Tensor
 def embed_batches(encoder: Encoder, batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """Stream: one array (B, k) of float32 per batch of images; memory does not grow with the number of images.
 
-    The encoder always runs on exactly ``CHUNK`` images, the last ones padded with zeros. Matrix libraries choose
-    kernels by shape, so with batches of varying size the last bit of an example's vector would depend on how many
-    others there are, and the sum on one example by more than its own contribution.
+    Batches of any size B may come in; inside they are cut and filled up to ``CHUNK``.
     """
     encoder.eval()
     device = next(encoder.parameters()).device

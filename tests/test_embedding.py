@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib.embedding import BATCH_SIZE, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
+from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_removing_an_example_changes_no_bit_of_the_others(width):
     """Exact sensitivity needs exact independence, across batch sizes and places in a batch."""
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(width=width)).eval()
-    images = torch.rand(BATCH_SIZE + 3, 1, 16, 16) * 2 - 1  # the remainder is small: matrix products round otherwise
+    images = torch.rand(CHUNK + 3, 1, 16, 16) * 2 - 1  # the remainder is small: matrix products round otherwise
     codes = embed(encoder, images)
-    for removed in (0, 1, BATCH_SIZE - 1, BATCH_SIZE, len(images) - 1):
+    for removed in (0, 1, CHUNK - 1, CHUNK, len(images) - 1):
         kept = torch.arange(len(images)) != removed
         assert torch.equal(embed(encoder, images[kept]), codes[kept])
         assert torch.equal(embed(encoder, images[kept], batch_size=100), codes[kept])

@@ -389,8 +389,11 @@ def _train(
             p.copy_(mean)
 
 
-def _batch(images: Tensor, labels: Tensor | None, part: Tensor, device: torch.device) -> dp_sgd.Batch:
-    return images[part].to(device), None if labels is None else labels[part].to(device)
+def _batch(
+    private_images: Tensor, private_labels: Tensor | None, part: Tensor, device: torch.device
+) -> dp_sgd.Batch:
+    labels = None if private_labels is None else private_labels[part].to(device)
+    return private_images[part].to(device), labels
 
 
 def _check(private_images: Tensor, private_labels: Tensor | None, class_names: tuple[str, ...]) -> Tensor:

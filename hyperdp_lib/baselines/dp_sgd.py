@@ -164,14 +164,18 @@ class ExampleGradients:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._hooks = GradSampleHooks(model, loss_reduction="sum")
 
-    def backward(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> None:
-        """Fill ``grad_sample`` of every trainable parameter, shape ``(len(images), *parameter.shape)``."""
+    def backward(
+        self, private_images: Tensor, private_labels: Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Fill ``grad_sample`` of every trainable parameter, shape ``(len(private_images), *parameter.shape)``."""
         # Poisson sampling may pick nobody, and diffusers' attention cannot take an empty batch
-        if len(images) == 0:
+        if len(private_images) == 0:
             for p in self.parameters:
                 p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
             return
-        loss = summed_loss(self.model, self.loss_function, images, labels, self.noise_draws, generator)
+        loss = summed_loss(
+            self.model, self.loss_function, private_images, private_labels, self.noise_draws, generator
+        )
         with warnings.catch_warnings():
             # said of layers fed by the time step alone; their parameters' gradients are right (tested)
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -179,7 +183,7 @@ class ExampleGradients:
         for p in self.parameters:
             rows = p.grad_sample  # type: ignore[attr-defined]
             # the loss is divided by noise_draws already: the sum over an example's rows is their mean
-            mean = rows.view(len(images), self.noise_draws, *p.shape).sum(1)
+            mean = rows.view(len(private_images), self.noise_draws, *p.shape).sum(1)
             p.grad_sample = mean  # type: ignore[attr-defined]
 
     def remove(self) -> None:
@@ -190,14 +194,14 @@ class ExampleGradients:
 def summed_loss(
     model: nn.Module,
     loss_function: LossFunction,
-    images: Tensor,
-    labels: Tensor | None,
+    private_images: Tensor,
+    private_labels: Tensor | None,
     noise_draws: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Sum over examples of the loss, averaged over ``noise_draws`` draws for each example."""
-    repeated = images.repeat_interleave(noise_draws, 0)
-    repeated_labels = None if labels is None else labels.repeat_interleave(noise_draws, 0)
+    repeated = private_images.repeat_interleave(noise_draws, 0)
+    repeated_labels = None if private_labels is None else private_labels.repeat_interleave(noise_draws, 0)
     return loss_function(model, repeated, generator=generator, labels=repeated_labels).sum() / noise_draws
 
 
@@ -257,14 +261,14 @@ def plain_step(
     return step
 
 
-def poisson_batches(num_private: int, plan: PrivacyPlan, generator: torch.Generator) -> Iterator[Tensor]:
+def poisson_batches(private_count: int, plan: PrivacyPlan, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of each step's batch: every example independently at the sampling rate; maybe nobody."""
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
-    if num_private == 0:  # the sampler refuses, but an empty class must train like any other
+    if private_count == 0:  # the sampler refuses, but an empty class must train like any other
         yield from (torch.zeros(0, dtype=torch.long) for _ in range(plan.num_steps))
         return
     sampler = UniformWithReplacementSampler(
-        num_samples=num_private, sample_rate=plan.sample_rate, generator=generator, steps=plan.num_steps
+        num_samples=private_count, sample_rate=plan.sample_rate, generator=generator, steps=plan.num_steps
     )
     yield from (torch.tensor(indices, dtype=torch.long) for indices in sampler)
