@@ -44,6 +44,14 @@ SCORE_LABELS = {
 MAIN_PAIR = "glyphs-digits-no-lookalikes"
 # the same trained weights; only the bank of the retrieval control also holds the look-alikes
 LOOKALIKE_PAIR = "glyphs-digits"
+# what the method is judged against, and by which score; the last makes no images
+RIVALS = (
+    ("dp_lora", "accuracy"),
+    ("dp_lora", "frechet_distance"),
+    ("nearest_public", "accuracy"),
+    ("nearest_public", "frechet_distance"),
+    ("noisy_class_means", "accuracy"),
+)
 _VERDICTS = (
     "better",
     "worse",
@@ -139,11 +147,7 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
     if chosen.empty:
         return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
     tables = [score_table(chosen, pair, score) for score in ("accuracy", "frechet_distance")]
-    bullets = [
-        f"- {verdicts(chosen, score, 'dp_deepsets', other)}"
-        for other in ("dp_lora", "nearest_public")
-        for score in ("accuracy", "frechet_distance")
-    ]
+    bullets = [f"- {verdicts(chosen, score, 'dp_deepsets', other)}" for other, score in RIVALS]
     seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {_numbers(chosen['num_private'])}."
     return "\n\n".join([*tables, seeds, "\n".join(bullets)])
 
