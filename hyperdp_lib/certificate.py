@@ -32,7 +32,7 @@ FLOAT_NOISE, NO_NOISE = "torch generator (floating-point noise)", "none"
 RELATIONS = {
     "add_or_remove_one": "adding or removing one image",
     "replace_one": "replacing one image",
-    "zero_out": "blanking out one image",
+    "zero_out": "voiding one image, which then contributes nothing",
 }
 _CHOICES = {
     "mechanism": (GAUSSIAN_SUM, DP_SGD, NO_PRIVATE_DATA, NO_PRIVACY),

@@ -74,6 +74,8 @@ def _release(options: argparse.Namespace) -> None:
         _tell(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
     if private_images.shape[1] == 1 and private_images.mean() > 0:
         _tell("note: these images are more white than black; a model of white on black wants --invert")
+    if private.class_names:
+        _tell(f"note: the {len(private.class_names)} class names become public; they must hold no secret")
     if options.seed is not None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
     released = release.release(
