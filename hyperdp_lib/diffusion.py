@@ -9,7 +9,7 @@ by diffusers and PEFT alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,10 +29,6 @@ class BaseModelConfig:
     width: int = 128
     num_layers: int = 4
     num_heads: int = 4
-
-    def to_dict(self) -> dict:
-        """As plain data, for the manifest."""
-        return asdict(self)
 
 
 def build_base_model(config: BaseModelConfig) -> nn.Module:

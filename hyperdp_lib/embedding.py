@@ -13,7 +13,7 @@ up with blank images. That a place within such a batch makes no difference is te
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,10 +32,6 @@ class EncoderConfig:
     image_size: int = 16
     channels: int = 1
     width: int = 32
-
-    def to_dict(self) -> dict:
-        """As plain data, for the manifest."""
-        return asdict(self)
 
 
 class Encoder(nn.Module):

@@ -42,10 +42,6 @@ class HyperNetworkConfig:
     head_width: int = 96
     num_blocks: int = 2
 
-    def to_dict(self) -> dict:
-        """As plain data, for the manifest."""
-        return asdict(self)
-
     def lora_config(self):
         """The PEFT configuration of the adapters it makes."""
         from peft import LoraConfig
@@ -168,7 +164,7 @@ def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetw
     for name, state in (("encoder", hypernetwork.encoder.state_dict()), ("hypernetwork", hypernetwork.decoder_state())):
         half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
         (folder / f"{name}.safetensors").write_bytes(to_safetensors(half))
-    shapes = {"encoder": hypernetwork.encoder.config.to_dict(), "hypernetwork": hypernetwork.config.to_dict()}
+    shapes = {"encoder": asdict(hypernetwork.encoder.config), "hypernetwork": asdict(hypernetwork.config)}
     (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
 
 

@@ -102,7 +102,7 @@ def value(scores: pd.DataFrame, score: str) -> str:
     known = _known(scores, score)
     if known.empty:
         return "–"
-    digits = 0 if score == "frechet_distance" else 2
+    digits = 1 if score == "frechet_distance" else 2
     text = f"{known.mean():.{digits}f}"
     return f"{text} ± {known.std():.{digits}f}" if len(known) > 1 else text
 
@@ -125,12 +125,32 @@ def score_table(scores: pd.DataFrame, pair: str, score: str) -> str:
     if chosen.empty:
         return f"*No {score_name(score)} of {pair} on record: `hyperdp compare` makes records.*"
     budgets = sorted(set(chosen["epsilon"]))
-    head = [SCORE_LABELS.get(score, score), *(f"ε = {epsilon_label(epsilon)}" for epsilon in budgets)]
+    head = [f"{SCORE_LABELS.get(score, score)}, by ε", *("∞" if math.isinf(e) else f"{e:g}" for e in budgets)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(budgets)]
     for method in order(set(chosen["method"])):
         mine = chosen[chosen["method"] == method]
         cells = [value(mine[mine["epsilon"] == epsilon], score) for epsilon in budgets]
         lines.append("| " + " | ".join([METHOD_LABELS.get(method, method), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def settings_table(scores: pd.DataFrame, columns: Mapping[str, str]) -> str:
+    """What the records were made with, each combination once, as a Markdown table.
+
+    Parameters
+    ----------
+    scores
+        From `records.load_records`, of one method.
+    columns
+        Column of `scores` to heading; a column that no record has stays empty. A missing number is written as a dash.
+    """
+    if scores.empty:
+        return "*No records at these parameters.*"
+    chosen = scores.reindex(columns=list(columns)).drop_duplicates().sort_values(next(iter(columns)))
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in chosen.itertuples(index=False):
+        cells = (e if isinstance(e, str) else "–" if pd.isna(e) else f"{e:g}" for e in row)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
