@@ -33,12 +33,12 @@ def folder(tmp_path: Path) -> Path:
 def test_table_has_a_row_per_method_and_a_column_per_epsilon(folder: Path) -> None:
     table = load_records(folder)
     assert report.score_table(table, PAIR, "accuracy").splitlines() == [
-        "| downstream accuracy (higher is better) | ε = 1 | ε = ∞ (no noise) |",
+        "| downstream accuracy (higher is better), by ε | 1 | ∞ |",
         "|---|---:|---:|",
         "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |",
         "| DP-SGD LoRA | 0.21 ± 0.01 | – |",
     ]
-    assert "419 ± 1" in report.score_table(table, PAIR, "frechet_distance")
+    assert "418.0 ± 1.4" in report.score_table(table, PAIR, "frechet_distance")
     assert report.score_table(table, "other", "accuracy").startswith("*No downstream accuracy of other on record")
     assert report.score_table(table, PAIR, "recall").startswith("*No recall")
 
@@ -49,6 +49,18 @@ def test_method_without_a_score_has_no_row(folder: Path) -> None:
     table = load_records(folder)
     assert "nearest noisy class mean" in report.score_table(table, PAIR, "accuracy")
     assert "nearest noisy class mean" not in report.score_table(table, PAIR, "frechet_distance")
+
+
+def test_settings_are_listed_once_each(folder: Path) -> None:
+    table = load_records(folder).assign(**{"settings.r": 4.0, "settings.mode": "shared"})
+    columns = {"epsilon": "ε", "settings.r": "r", "settings.mode": "adapters", "settings.unknown": "batch"}
+    assert report.settings_table(table, columns).splitlines() == [
+        "| ε | r | adapters | batch |",
+        "|---|---|---|---|",
+        "| 1 | 4 | shared | – |",
+        "| inf | 4 | shared | – |",
+    ]
+    assert report.settings_table(table[:0], columns) == "*No records at these parameters.*"
 
 
 def test_commands_are_listed_once_each(folder: Path) -> None:
