@@ -92,6 +92,24 @@ class ImageSet:
         return len(self.images)
 
 
+def from_levels(levels: Tensor) -> Tensor:
+    """8-bit levels of any shape to float32 in ``[-1, 1]``: ``u / 127.5 - 1``, the one place that says so.
+
+    >>> from_levels(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-1.,  1.])
+    """
+    return levels.to(torch.float32).div(127.5).sub(1.0)
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Floats of any shape to 8-bit levels, rounded to the nearest and clamped: the inverse of :func:`from_levels`.
+
+    >>> to_levels(torch.tensor([-1.0, 0.0, 1.5])).tolist()
+    [0, 128, 255]
+    """
+    return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def to_model_range(images: np.ndarray | Tensor) -> Tensor:
     """8-bit images to the library's float range, ``u / 127.5 - 1``.
 
@@ -125,7 +143,7 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
         tensor = tensor.unsqueeze(-1)
     if tensor.ndim != 4:
         raise InputError(f"images must be N x H x W or N x H x W x C, got {tuple(tensor.shape)}: reshape it")
-    return tensor.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0).contiguous()
+    return from_levels(tensor.permute(0, 3, 1, 2)).contiguous()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -155,8 +173,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
         raise ValueError(f"images must be N x C x H x W, got shape {tuple(images.shape)}")
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images hold NaN or infinite values")
-    levels = images.detach().to("cpu", torch.float32).add(1.0).mul(127.5).round().clamp(0, 255)
-    array = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    levels = to_levels(images.detach().cpu())
+    array = levels.permute(0, 2, 3, 1).contiguous().numpy()
     return array[..., 0] if array.shape[-1] == 1 else array
 
 

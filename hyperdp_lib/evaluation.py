@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, to_levels
 
 NOT_DP = "research metric, not DP"
 
@@ -334,7 +334,7 @@ def inception_frechet_distance(
     for images, real in ((reference, True), (samples, False)):
         _check_images(images, "images")
         for batch in images.split(batch_size):
-            pixels = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            pixels = to_levels(batch)
             metric.update(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels, real=real)
     distance = float(metric.compute())
     return {

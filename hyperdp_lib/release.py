@@ -22,7 +22,7 @@ from hyperdp_lib import accounting, certificate, mechanism
 from hyperdp_lib.adapter import Adapter, save_adapter
 from hyperdp_lib.artefacts import EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
 from hyperdp_lib.certificate import Certificate
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import ImageSet, InputError, save_grid
 from hyperdp_lib.diffusion import sample
 from hyperdp_lib.embedding import embed_batches
 from hyperdp_lib.hypernetwork import HyperNetwork
@@ -218,18 +218,14 @@ def save_release(
 
 def _write_samples(path: Path, adapter: Adapter, base_model: nn.Module, num_samples: int) -> None:
     """A sheet with one row a class (or ten columns); the samples are post-processing, their seed is of no matter."""
-    from PIL import Image
-
-    from hyperdp_lib.data import to_uint8
-
     members = adapter.num_adapters
-    columns = max(1, num_samples // members) if members > 1 else min(10, num_samples)
-    total = columns * members if members > 1 else num_samples - num_samples % columns
-    images = to_uint8(sample(base_model, adapter, total, generator=torch.Generator().manual_seed(0)))
-    rows = images.reshape(-1, columns, *images.shape[1:])
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
-    picture = Image.fromarray(sheet)
-    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+    share = max(1, num_samples // members)
+    images = sample(base_model, adapter, share * members, generator=torch.Generator().manual_seed(0))
+    if members == 1:
+        save_grid(path, ImageSet(images), rows=-(-share // 10))
+    else:
+        owner = torch.arange(members).repeat_interleave(share)
+        save_grid(path, ImageSet(images, owner, adapter.names), columns=share)
 
 
 def model_card(

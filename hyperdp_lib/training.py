@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from hyperdp_lib.adapter import Adapter, apply_adapters
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, from_levels, to_levels
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, denoising_loss
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 from hyperdp_lib.evaluation import FeatureNetwork
@@ -111,7 +111,7 @@ class TaskStream(IterableDataset):
             if self.num_classes is not None:
                 classes = torch.randperm(self.num_classes, generator=g)[: self.tasks]
             images = self.source.sample_tasks(self.tasks, self.images, g, classes=classes)
-            images = ((images + 1) * 127.5).round().to(torch.uint8)
+            images = to_levels(images)
             yield images if classes is None else (images, classes)
 
 
@@ -119,10 +119,6 @@ def stream(*args, **keywords) -> Iterator:
     """Draw tasks in one background process, ahead of the training that uses them."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     return iter(DataLoader(TaskStream(*args, **keywords), batch_size=None, num_workers=1, prefetch_factor=4))
-
-
-def _to_float(images: Tensor, device: str) -> Tensor:
-    return images.to(device).float() / 127.5 - 1
 
 
 def log_uniform(low: float, high: float, count: int, g: torch.Generator) -> Tensor:
@@ -138,9 +134,9 @@ class Loop:
     """
 
     def __init__(
-        self, name: str, groups: list[tuple[nn.Module, float]], config: StageConfig, out: Path, seed: int
+        self, name: str, groups: list[tuple[nn.Module, float]], config: StageConfig, out: Path
     ) -> None:
-        self.name, self.config, self.path, self.seed = name, config, out / f"{name}.pt", seed
+        self.name, self.config, self.path = name, config, out / f"{name}.pt"
         self.modules = nn.ModuleList([module for module, _ in groups])
         self.rates = [rate * config.learning_rate for _, rate in groups]
         parameters = [
@@ -148,6 +144,7 @@ class Loop:
             for (module, _), rate in zip(groups, self.rates, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = {k: v.detach().clone() for k, v in self.modules.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.history: list[dict] = []
@@ -186,7 +183,7 @@ class Loop:
         every: int = 200,
         check: Callable[[], dict] | None = None,
     ):
-        """Train to the end, then load the averaged weights into the modules."""
+        """Train to the end; the averaged weights are then in ``average``."""
         started, saved = time.perf_counter(), self.seconds
         sums: dict[str, float] = {}
         with tqdm(total=self.config.steps, initial=self.step, desc=self.name, disable=None) as bar:
@@ -197,7 +194,8 @@ class Loop:
                 value, numbers = loss(self.step)
                 self.optimizer.zero_grad()
                 value.backward()
-                nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+                # only what is optimised: a frozen part may still hold gradients of the stage that trained it
+                nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 self.optimizer.step()
                 self.step += 1
                 decay = min(self.config.ema, self.step / (self.step + 10))
@@ -218,7 +216,6 @@ class Loop:
                     self.history.append(row)
                     self.save()
                     bar.write(f"{self.name}: {row}")
-        self.modules.load_state_dict(self.average)
 
     def _with_average(self, check: Callable[[], dict]) -> dict:
         current = {k: v.clone() for k, v in self.modules.state_dict().items()}
@@ -236,13 +233,13 @@ def train_features(preset: Preset, source: GlyphTasks, out: Path, device: str) -
     classes = min(preset.feature_classes, source.num_classes)
     head = nn.Sequential(nn.GELU(), nn.Linear(network.dimension, classes)).to(device)
     config = preset.features_stage
-    loop = Loop("features", [(network, 1.0), (head, 1.0)], config, out, preset.seed)
+    loop = Loop("features", [(network, 1.0), (head, 1.0)], config, out)
     if not loop.done:
         batches = stream(source, config.tasks, config.images, preset.seed + 1000 + loop.step, classes)
 
         def loss(step: int) -> tuple[Tensor, dict]:
             images, labels = next(batches)
-            logits = head(network(_to_float(images, device).flatten(0, 1)))
+            logits = head(network(from_levels(images.to(device)).flatten(0, 1)))
             labels = labels.to(device).repeat_interleave(config.images)
             value = F.cross_entropy(logits, labels)
             return value, {"loss": value.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
@@ -266,14 +263,14 @@ def train_encoder(preset: Preset, source: GlyphTasks, out: Path, device: str) ->
     )
     redraw, scale = redraw.to(device), scale.to(device)
     config = preset.encoder_stage
-    loop = Loop("encoder", [(encoder, 1.0), (redraw, 1.0), (scale, 10.0)], config, out, preset.seed)
+    loop = Loop("encoder", [(encoder, 1.0), (redraw, 1.0), (scale, 10.0)], config, out)
     if not loop.done:
         batches = stream(source, config.tasks, config.images, preset.seed + 2000 + loop.step)
         g = torch.Generator().manual_seed(preset.seed + 2500 + loop.step)
         queries = max(1, config.images // 5)
 
         def loss(step: int) -> tuple[Tensor, dict]:
-            images = _to_float(next(batches), device)
+            images = from_levels(next(batches).to(device))
             codes = encoder(images.flatten(0, 1))[:, 1:].unflatten(0, images.shape[:2])
             noise = log_uniform(1e-3, 0.35, len(images), g).to(device)[:, None]
             mean = codes[:, queries:].mean(1)
@@ -305,13 +302,13 @@ def train_base(preset: Preset, source: GlyphTasks, out: Path, device: str) -> nn
     torch.manual_seed(preset.seed + 2)
     base = build_base_model(preset.base).to(device)
     config = preset.base_stage
-    loop = Loop("base", [(base, 1.0)], config, out, preset.seed)
+    loop = Loop("base", [(base, 1.0)], config, out)
     if not loop.done:
         batches = stream(source, config.tasks, config.images, preset.seed + 3000 + loop.step)
         g = torch.Generator().manual_seed(preset.seed + 3500 + loop.step)
 
         def loss(step: int) -> tuple[Tensor, dict]:
-            value = denoising_loss(base, _to_float(next(batches), device).flatten(0, 1), g).mean()
+            value = denoising_loss(base, from_levels(next(batches).to(device)).flatten(0, 1), g).mean()
             return value, {"loss": value.detach()}
 
         loop.run(loss)
@@ -340,7 +337,7 @@ class TaskPool:
         self.next = int(rows[-1]) + 1
         self.images[rows] = images
         with torch.no_grad():
-            codes = self.encoder(_to_float(images, self.device).flatten(0, 1))
+            codes = self.encoder(from_levels(images.to(self.device)).flatten(0, 1))
         self.codes[rows] = codes.cpu().unflatten(0, images.shape[:2])
 
     def draw(
@@ -389,7 +386,7 @@ def train_joint(
     base = base.requires_grad_(True)
     hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
     config = preset.joint_stage
-    loop = Loop("joint", [(base, 0.5), (hypernetwork, 1.0)], config, out, preset.seed)
+    loop = Loop("joint", [(base, 0.5), (hypernetwork, 1.0)], config, out)
     if not loop.done:
         pool = TaskPool(preset, encoder, source, preset.seed + 4000 + loop.step, device)
         g = torch.Generator().manual_seed(preset.seed + 4500 + loop.step)
@@ -411,7 +408,7 @@ def train_joint(
             off = torch.rand(config.tasks, generator=g).to(device) < preset.adapter_off
             factors = {name: (a, b * ~off[:, None, None]) for name, (a, b) in adapter.factors.items()}
             adapter = Adapter(adapter.lora_config, adapter.geometry, factors, adapter.names)
-            value = adapted_loss(base, adapter, _to_float(images, device), g)
+            value = adapted_loss(base, adapter, from_levels(images.to(device)), g)
             return value, {"loss": value.detach()}
 
         def check() -> dict:
@@ -458,19 +455,17 @@ def train(
     (out / "preset.json").write_text(settings)
 
     source = GlyphTasks(preset.glyphs)
-    if "features" in stages:
-        train_features(preset, source, out, device)
-    if "encoder" in stages:
-        train_encoder(preset, source, out, device)
-    if "base" in stages:
-        train_base(preset, source, out, device)
-    if "joint" in stages:
-        encoder = train_encoder(preset, source, out, device)
-        base = train_base(preset, source, out, device)
-        held_out = GlyphTasks(preset.glyphs, "held_out")
-        base, hypernetwork = train_joint(preset, source, held_out, base, encoder, out, device)
-        features = train_features(preset, source, out, device)
-        write_weights(name, preset, source, out, base, hypernetwork, features, device)
+    if "joint" not in stages:
+        alone = {"features": train_features, "encoder": train_encoder, "base": train_base}
+        for stage in stages:
+            alone[stage](preset, source, out, device)
+        return out / "weights"
+    features = train_features(preset, source, out, device)
+    encoder = train_encoder(preset, source, out, device)
+    base = train_base(preset, source, out, device)
+    held_out = GlyphTasks(preset.glyphs, "held_out")
+    base, hypernetwork = train_joint(preset, source, held_out, base, encoder, out, device)
+    write_weights(name, preset, source, out, base, hypernetwork, features, device)
     return out / "weights"
 
 

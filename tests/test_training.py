@@ -53,7 +53,7 @@ def test_the_loop_learns_and_resumes_where_it_stopped(tmp_path):
 
     def loop(steps):
         torch.manual_seed(0)
-        return Loop("toy", [(torch.nn.Linear(1, 2), 1.0)], StageConfig(steps, 1, 1, 0.1, 0.9), tmp_path, 0)
+        return Loop("toy", [(torch.nn.Linear(1, 2), 1.0)], StageConfig(steps, 1, 1, 0.1, 0.9), tmp_path)
 
     def run(loop):
         def loss(step):

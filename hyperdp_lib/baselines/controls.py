@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hyperdp_lib import accounting, embedding, mechanism
 from hyperdp_lib.adapter import Adapter
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, from_levels, to_levels
 
 
 class PublicTasks(Protocol):
@@ -60,7 +60,7 @@ class PublicBank:
         """``count`` images of one task in [-1, 1]; none is repeated before all were shown."""
         size = self.pixels.shape[1]
         rounds = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
-        return self.pixels[task_index, torch.cat(rounds)[:count]].float() / 127.5 - 1
+        return from_levels(self.pixels[task_index, torch.cat(rounds)[:count]])
 
     @classmethod
     def build(
@@ -79,8 +79,8 @@ class PublicBank:
         for start in tqdm(range(0, num_tasks, chunk), disable=None if progress else True, desc="public bank"):
             drawn = tasks.sample_tasks(min(chunk, num_tasks - start), images_per_task, generator=generator)
             # through bytes first, so that the embedding belongs to the images that will be shown
-            kept = ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-            flat = embedding.embed(encoder, kept.flatten(0, 1).float() / 127.5 - 1, batch_size=1000)
+            kept = to_levels(drawn).cpu()
+            flat = embedding.embed(encoder, from_levels(kept.flatten(0, 1)), batch_size=1000)
             means.append(flat.cpu().view(*kept.shape[:2], -1).mean(1))
             pixels.append(kept)
         return cls(torch.cat(means).detach(), torch.cat(pixels))
