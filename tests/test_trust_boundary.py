@@ -51,7 +51,7 @@ ALLOWED_IMPORTS = {
     "verification": {"numpy", "safetensors", "dp_accounting", "artefacts", "certificate", "ledger"},
 }
 # Only these may call the mechanism; only it may draw noise from OpenDP.
-MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing"}
+MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing", "theory"}  # theory: on synthetic tasks
 CODE_EXECUTION = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 

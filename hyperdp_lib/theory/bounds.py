@@ -18,7 +18,7 @@ MOST = 1e8  # private examples; a crossover above is reported as infinite
 def lower_bound(setting: LinearSetting, num_private: ArrayLike, mu: ArrayLike) -> Array:
     r"""No mu-GDP learner without public data has a smaller risk, however tuned, with however many steps.
 
-    ``q L / (q + L)`` with ``q = tau^2 + gamma^2`` and ``L = max((d - 1) s^2 / n, ((d - 1) s / n)^2 / (exp(4 mu^2) - 1))``, for
+    ``q L / (q + L)``, ``q = tau^2 + gamma^2``, ``L = max((d - 1) s^2 / n, ((d - 1) s / n)^2 / (exp(4 mu^2) - 1))``, for
     theta uniform on a sphere of R^d, which is what one who does not know the subspace faces.
 
     >>> from hyperdp_lib.theory.setting import gdp_mu
@@ -39,7 +39,7 @@ def certified(setting: LinearSetting, num_private: ArrayLike, mu: ArrayLike) -> 
 
 
 def corollary_holds(setting: LinearSetting, mu: ArrayLike) -> np.ndarray:
-    """Whether `certified` is guaranteed for **every** n: exact subspace, no misspecification, mu <= 1/2, d large enough.
+    """Whether `certified` holds for **every** n: exact subspace, no misspecification, mu <= 1/2, d large enough.
 
     >>> corollary_holds(LinearSetting(d=200, k=5, subspace_error=0.0), [0.25, 0.6])
     array([ True, False])

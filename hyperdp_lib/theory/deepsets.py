@@ -1,14 +1,14 @@
 r"""Risk of DP-DeepSets in the linear setting, from exact moments of the clipped embedding.
 
-With the learned subspace ``V`` (orthonormal, d x k), an example is embedded as ``phi = clip_C(V^T x y)``; the release is
-``z = mean phi + N(0, (C / n mu)^2 I_k)`` and the estimate ``m V z``. Clip norm 0 stands for the *normalised* embedding
-``phi = u / |u|`` of sensitivity 1, to which clipping tends, rescaled, as C goes to 0.
+With the learned subspace ``V`` (orthonormal, d x k), an example is embedded as ``phi = clip_C(V^T x y)``; the release
+is ``z = mean phi + N(0, (C / n mu)^2 I_k)`` and the estimate ``m V z``. Clip norm 0 stands for the *normalised*
+embedding ``phi = u / |u|`` of sensitivity 1, to which clipping tends, rescaled, as C goes to 0.
 
-Moments (exact). Let ``a = V^T theta`` with norm ``alpha``, and ``v = V^T x``. By symmetry about ``a``, ``E phi = rho a``. In
-polar coordinates ``v`` has length ``r ~ chi_k`` and, independently, cosine ``t`` with ``a``, of density proportional to
-``(1 - t^2)^((k - 3) / 2)``. Given both, ``y ~ N(M, s'^2)`` with ``M = alpha r t``, and ``phi = (v / r) clip(r y)``. Mean and
-second moment of a clipped normal variable are elementary, so two smooth integrals are left: Gauss-Legendre in ``r``,
-Gauss-Gegenbauer in ``t``.
+Moments (exact). Let ``a = V^T theta`` with norm ``alpha``, and ``v = V^T x``. By symmetry about ``a``, ``E phi = rho
+a``. In polar coordinates ``v`` has length ``r ~ chi_k`` and, independently, cosine ``t`` with ``a``, of density
+proportional to ``(1 - t^2)^((k - 3) / 2)``. Given both, ``y ~ N(M, s'^2)`` with ``M = alpha r t``, and ``phi = (v /
+r) clip(r y)``. Mean and second moment of a clipped normal variable are elementary, so two smooth integrals are left:
+Gauss-Legendre in ``r``, Gauss-Gegenbauer in ``t``.
 """
 
 from __future__ import annotations
@@ -182,8 +182,9 @@ def gaussian_task_risk(
 
 def _relative_noise(setting: LinearSetting, n: Array, mu: Array, clip_norm: ArrayLike) -> Array:
     """N of Theorem 1 in its two parts, sampling and privacy, stacked in front."""
-    rho, second = _moments(setting, clip_norm)
     c = np.asarray(clip_norm, float)
+    c = np.where(c < 1e-9 * setting.label_variance**0.5, 0.0, c)  # the limit, before rho**2 underflows
+    rho, second = _moments(setting, c)
     sampling = (second - rho**2 * setting.captured_energy) / n
     with np.errstate(invalid="ignore"):  # no clip and no privacy: infinity times 0
         privacy = setting.k * np.where(c == 0, 1.0, c) ** 2 * _inverse_square(n * mu)

@@ -1,11 +1,12 @@
 r"""The linear setting: public and private regression tasks that share a subspace.
 
-A task is a vector ``theta = U w + nu`` of dimension ``d``. ``U`` is orthonormal, d x k, the same for all tasks; ``w`` is
-uniform on the sphere of radius ``tau`` in k dimensions; ``nu`` is orthogonal to ``U``, of squared norm
+A task is a vector ``theta = U w + nu`` of dimension ``d``. ``U`` is orthonormal, d x k, the same for all tasks; ``w``
+is uniform on the sphere of radius ``tau`` in k dimensions; ``nu`` is orthogonal to ``U``, of squared norm
 ``off_subspace_energy`` and uniform direction. An example is ``x ~ N(0, I_d)`` with label ``y = <x, theta> + s xi``,
 ``xi ~ N(0, 1)``. The risk of an estimate is ``E |estimate - theta|^2``, which is its excess prediction error.
 
-Public: ``num_public_tasks`` tasks of ``examples_per_task`` examples each. Private: one task of ``num_private`` examples.
+Public: ``num_public_tasks`` tasks of ``examples_per_task`` examples each. Private: one task of ``num_private``
+examples.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class LinearSetting:
     noise_std : standard deviation s of the label noise, above 0.
     off_subspace_energy : gamma^2, squared norm of the part outside the subspace; must be 0 if k = d.
     num_public_tasks, examples_per_task : T >= 1 and m >= 2. What they teach about ``U`` is ``subspace_error``.
-    subspace_error : eta in [0, 1], the mean squared sine of the angles between the learned and the true subspace. ``None``
-        means the formula of `theory.subspace` for T and m; 0 means that ``U`` is known.
+    subspace_error : eta in [0, 1], the mean squared sine of the angles between the learned and the true subspace.
+        ``None`` means the formula of `theory.subspace` for T and m; 0 means that ``U`` is known.
 
     Examples
     --------
@@ -139,8 +140,8 @@ def check_sizes(num_private: ArrayLike, mu: ArrayLike, delta: float | None = Non
     Raises
     ------
     InputError
-        Fewer than 2 private examples; a mu that is negative or not a number; ``delta`` (if given) outside (0, 1/n), where
-        (epsilon, delta)-DP would allow to publish a record at random.
+        Fewer than 2 private examples; a mu that is negative or not a number; ``delta`` (if given) outside (0, 1/n),
+        where (epsilon, delta)-DP would allow to publish a record at random.
     """
     n, m = np.broadcast_arrays(np.asarray(num_private, float), np.asarray(mu, float))
     if not (np.isfinite(n) & (n >= 2)).all():
@@ -149,7 +150,7 @@ def check_sizes(num_private: ArrayLike, mu: ArrayLike, delta: float | None = Non
         raise InputError("mu must be at least 0 (infinity means no privacy)")
     if delta is not None and not (0 < delta and (n * delta < 1).all()):
         raise InputError(
-            f"delta must be above 0 and below 1/n = {1 / n.max():.2g}, got {delta}: a larger one would allow to publish "
-            "one of n records"
+            f"delta must be above 0 and below 1/n = {1 / n.max():.2g}, got {delta}: "
+            "a larger one would allow to publish one of n records"
         )
     return n, m

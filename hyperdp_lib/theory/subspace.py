@@ -1,10 +1,10 @@
 r"""What public tasks teach about the shared subspace, and how many are too few.
 
-Take the self-normalised moment of each public task, ``g_t = X_t^T y_t / (sqrt(m) |y_t|)``, and the top k eigenvectors of
-``mean g_t g_t^T``. Without misspecification the part of ``g_t`` outside the subspace is exactly ``N(0, I/m)`` and independent
-of the part inside, whose second moment is ``(1 + lambda) I / m`` with ``lambda = (m - 1) tau^2 / (k sigma_y^2)``. That is the
-spiked covariance model with aspect ratio ``c = (d - k) / T``, whose eigenvectors are known in the limit (Paul 2007;
-Benaych-Georges & Nadakuditi 2011): nothing is learned below ``lambda = sqrt(c)``.
+Take the self-normalised moment of each public task, ``g_t = X_t^T y_t / (sqrt(m) |y_t|)``, and the top k eigenvectors
+of ``mean g_t g_t^T``. Without misspecification the part of ``g_t`` outside the subspace is exactly ``N(0, I/m)`` and
+independent of the part inside, whose second moment is ``(1 + lambda) I / m`` with ``lambda = (m - 1) tau^2 / (k
+sigma_y^2)``. That is the spiked covariance model with aspect ratio ``c = (d - k) / T``, whose eigenvectors are known
+in the limit (Paul 2007; Benaych-Georges & Nadakuditi 2011): nothing is learned below ``lambda = sqrt(c)``.
 """
 
 from __future__ import annotations
