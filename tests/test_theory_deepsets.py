@@ -123,7 +123,7 @@ def test_moments_agree_with_monte_carlo(k, alpha, s, clip):
 def test_moments_are_those_of_some_distribution(k, alpha, s, clip):
     rho, second = deepsets.clipped_moments(k, alpha, s, clip)
     bound = 1.0 if clip == 0 else min(clip**2, k * (alpha**2 + s**2) + 2 * alpha**2)
-    assert 0 < rho and 0 < second <= bound * (1 + 1e-9)
+    assert 0 < rho and 0 < second <= bound * (1 + 1e-5)
     assert (rho * alpha) ** 2 <= second * (1 + 1e-9)  # Jensen
 
 
