@@ -1,7 +1,7 @@
 """DP-SGD for any module, through Opacus: how much noise, whose gradients, which batches.
 
 DP-SGD (Abadi et al. 2016, arXiv 1607.00133) clips each example's gradient, sums, and adds Gaussian noise at
-every step.  `hyperdp_lib.baselines.dp_lora` trains LoRA adapters with it.
+every step.  `hyperdp_lib.baselines.dp_training` trains models with it.
 
 What is public: the configuration and the *declared* number of examples, from which sampling rate and gradient
 denominator are computed; the true number is never used.  Which examples form a batch, like the noise, stays
@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,18 @@ def require_contiguous_inputs(model: nn.Module) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
+class Gradients(Protocol):
+    """Fills ``grad_sample`` of every trainable parameter; `ExampleGradients` or one's own."""
+
+    def backward(
+        self, private_images: Tensor, private_labels: Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Per-example gradients, ``(len(private_images), *parameter.shape)``."""
+
+    def remove(self) -> None:
+        """Undo what was done to the model."""
+
+
 class ExampleGradients:
     """Per-example gradients by Opacus' hooks, averaged over each example's noise draws.
 
@@ -206,7 +219,7 @@ def summed_loss(
 
 
 def noisy_step(
-    gradients: ExampleGradients,
+    gradients: Gradients,
     optimizer: torch.optim.Optimizer,
     plan: PrivacyPlan,
     clip_norm: float,
