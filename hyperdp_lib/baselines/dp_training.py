@@ -6,10 +6,11 @@ in evaluation mode whose parameters with ``requires_grad`` are trained; the modu
 for Opacus' hooks (`trainable`).
 
 Two ways to use labels. *Jointly*: one trainee reads them. *Per class*: one trainee for each class, trained on that
-class alone. The classes are disjoint, so adding, removing or zeroing one example touches one training only, and all of them
-cost what one costs (parallel composition, McSherry 2009). Replacing an example by one of *another* class touches two.
-With full batches the joint sum of a step then moves by ``sqrt(2) C``, less than the ``2 C`` of a replacement within a
-class; with Poisson batches the replacement is a removal and an addition. `dp_sgd.privacy_plan` covers both.
+class alone. The classes are disjoint, so adding, removing or zeroing one example touches one training only, and all
+of them cost what one costs (parallel composition, McSherry 2009). Replacing an example by one of *another* class
+touches two. With full batches the joint sum of a step then moves by ``sqrt(2) C``, less than the ``2 C`` of a
+replacement within a class; with Poisson batches the replacement is a removal and an addition. `dp_sgd.privacy_plan`
+covers both.
 
 Public are the label set, the configuration and the declared number of images. Losses and clip rates are functions of
 the private images, so none is returned or logged.
