@@ -62,7 +62,7 @@ def crossover(setting: LinearSetting, mu: ArrayLike, *, tolerance: float = 0.01)
     def loses(n: Array, mu: Array) -> np.ndarray:
         return rivals.dp_gd(setting, n, mu).risk <= deepsets.risk(setting, n, mu)
 
-    grid = np.geomspace(2, MOST, 24)
+    grid = np.geomspace(2, MOST, 12)
     flat = mu.ravel()
     wins = ~loses(grid[None], flat[:, None])
     last = np.where(wins.any(1), len(grid) - 1 - wins[:, ::-1].argmax(1), -1)
