@@ -319,7 +319,7 @@ def _moments_exactly(
 
 
 def dp_deepsets(
-    rng: np.random.Generator, setting: LinearSetting, num_private: int, mu: float, *, clip: float, scale: float,
+    rng: np.random.Generator, setting: LinearSetting, num_private: int, mu: float, *, clip: float, scale: ArrayLike,
     repetitions: int | None = None, subspace: Subspace = None, tasks: Tasks = "sphere",
 ) -> Simulated:  # fmt: skip
     """The noisy mean of clip(v y), times ``scale``.
@@ -327,7 +327,7 @@ def dp_deepsets(
     Parameters
     ----------
     clip : norm at which an embedding is clipped; 0 normalises, infinity does not clip.
-    scale : the decoder's multiplier m.
+    scale : the decoder's multiplier m; an array is run on the same releases, and the result has its shape.
     subspace : what the learner knows of U, see `seen_tasks`; None: everything.
     repetitions : independent tasks, each with its own data; `deepsets_repetitions` by default.
 
@@ -339,15 +339,15 @@ def dp_deepsets(
     True
     """
     n = _size(num_private, mu)
-    noise_bound = float(sensitivity(clip))
+    noise_bound, scales = float(sensitivity(clip)), np.asarray(scale, float)
     errors = []
     count = repetitions or deepsets_repetitions(n, setting.k)
     for tasks_now in _blocks(count, max(1, _BLOCK // (n * setting.k))):
         seen, missed = seen_tasks(rng, setting, tasks_now, subspace, tasks)
         total = embedding_sum(rng, setting, seen, missed, n, clip)
         z = (total + privacy_noise(rng, noise_bound, mu, seen.shape)) / n
-        errors.append(((scale * z - seen) ** 2).sum(1) + missed)
-    return Simulated.of(np.concatenate(errors))
+        errors.append(((scales[..., None, None] * z - seen) ** 2).sum(-1) + missed)
+    return Simulated.of(np.moveaxis(np.concatenate(errors, axis=-1), -1, 0))
 
 
 def embedding_sum(
@@ -459,12 +459,12 @@ def dp_gd(
     """Full-batch DP gradient descent in R^d from 0.
 
     Each example's gradient ``x r`` is multiplied by min(1, gradient_clip / |x r|); each of the ``steps`` mean gradients
-    gets noise of standard deviation ``gradient_clip sqrt(steps) / (n mu)``, which is mu-GDP in all.
+    gets noise of standard deviation ``gradient_clip sqrt(steps) / (n mu)``, which is mu-GDP for all steps together.
 
     Parameters
     ----------
     steps, step_size, gradient_clip : numbers, or arrays that broadcast to one shape. All settings run on the same data
-        with independent noise, and the result has their shape.
+        with independent noise, and the result has their shape. A clip of 0 normalises gradients to length 1.
 
     Examples
     --------
@@ -510,20 +510,25 @@ def hybrid(
 ) -> Simulated:  # fmt: skip
     """DP-DeepSets with mu sqrt(share), then DP-GD in R^d from its answer with mu sqrt(1 - share), on the same examples.
 
-    ``clip`` and ``scale`` are those of the embedding and the decoder, the last three numbers those of the descent.
+    ``clip`` and ``scale`` are those of the embedding and the decoder; ``steps``, ``step_size`` and ``gradient_clip``
+    those of the descent. A share of 0 starts the descent at 0; one of 1 leaves nothing for it, so ``steps`` must be 0.
     """
     n = _size(num_private, mu)
-    if not 0 < share < 1:
-        raise InputError(f"the share of the budget for the first release is between 0 and 1, got {share}")
     tuning = _Tuning.of(steps, step_size, gradient_clip)
+    if not 0 <= share <= 1 or (share == 1 and tuning.most_steps):
+        raise InputError(
+            f"the share of the first release is in [0, 1], and no step can follow a share of 1; got {share}"
+        )
     count = repetitions or descent_repetitions(n, setting.d, tuning.most_steps)
     errors = []
     for tasks_now in _blocks(count, max(1, _BLOCK // (n * setting.d))):
         theta = draw_tasks(rng, setting, subspace.true, tasks_now)
         x, y = draw_examples(rng, setting, theta, n)
-        total = _sum_of_embeddings(x @ subspace.learned.astype(x.dtype), y, clip)
-        noise = privacy_noise(rng, float(sensitivity(clip)), mu * math.sqrt(share), total.shape)
-        start = scale * (total + noise) / n @ subspace.learned.T
+        start = np.zeros_like(theta)
+        if share:
+            total = _sum_of_embeddings(x @ subspace.learned.astype(x.dtype), y, clip)
+            total += privacy_noise(rng, float(sensitivity(clip)), mu * math.sqrt(share), total.shape)
+            start += scale * total / n @ subspace.learned.T
         found = descend(rng, x, y, start, tuning, mu * math.sqrt(1 - share))
         errors.append(((found - theta[..., None]) ** 2).sum(1))
     return tuning.result(np.concatenate(errors))
@@ -542,8 +547,8 @@ class _Tuning:
     def of(cls, steps: ArrayLike, step_size: ArrayLike, gradient_clip: ArrayLike) -> _Tuning:
         arrays = np.broadcast_arrays(*(np.asarray(value, float) for value in (steps, step_size, gradient_clip)))
         taken, size, clip = (array.ravel() for array in arrays)
-        if not ((taken >= 0) & (taken == np.round(taken)) & (size >= 0) & (clip > 0)).all():
-            raise InputError("need a whole number of steps >= 0, step_size >= 0 and gradient_clip > 0")
+        if not ((taken >= 0) & (taken == np.round(taken)) & (size >= 0) & (clip >= 0)).all():
+            raise InputError("need a whole number of steps >= 0, step_size >= 0 and gradient_clip >= 0")
         return cls(taken.astype(int), size, clip, arrays[0].shape)
 
     @property
@@ -570,7 +575,7 @@ def descend(rng: np.random.Generator, x: NDArray, y: NDArray, start: Array, tuni
             residuals = x @ theta[..., running].astype(x.dtype) - y[..., None]
             residuals *= clip_factor(norms * np.abs(residuals), clip)
             gradient = (x.swapaxes(1, 2) @ residuals).astype(float)
-            gradient += privacy_noise(rng, clip * np.sqrt(tuning.steps[running]), mu, gradient.shape)
+            gradient += privacy_noise(rng, sensitivity(clip) * np.sqrt(tuning.steps[running]), mu, gradient.shape)
             theta[..., running] -= tuning.step_size[running] * gradient / n
     return theta
 
