@@ -73,6 +73,17 @@ class Simulated:
             return cls(float(mean), float(error), float(spread), len(values))
         return cls(mean, error, spread, len(values))
 
+    def at(self, *index: int) -> Simulated:
+        """One of several tunings.
+
+        >>> Simulated.of([[1.0, 2.0], [3.0, 2.0]]).at(1).mean
+        2.0
+        """
+        mean, error, spread = (
+            float(np.asarray(value)[index]) for value in (self.mean, self.standard_error, self.standard_deviation)
+        )
+        return Simulated(mean, error, spread, self.repetitions)
+
 
 @dataclass(frozen=True, eq=False)
 class LearnedSubspace:
