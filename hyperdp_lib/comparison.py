@@ -55,8 +55,8 @@ def compare(
     Parameters
     ----------
     private : str, path or (train, test)
-        ``"digits"`` (its fixed public split), a folder or ``.npz`` (a fifth is held out, evenly by class), or
-        two image sets.
+        A named data set with its own test set (``"digits"``, ``"mnist"``), a folder or ``.npz`` (a fifth is held out,
+        evenly by class), or two image sets.
     methods : iterable of str
         Names from `METHODS`, or ``"all"``.
     epsilons : iterable of float
@@ -191,8 +191,9 @@ def _private_sets(
     if isinstance(private, tuple):
         return (*private, "private")
     side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
-    if str(private) == "digits":
-        return data.digits("train", side), data.digits("test", side), "digits"
+    if f"{private}-test" in data.NAMED_DATA_SETS:
+        train, test = (data.load_named_or_path(f"{private}{part}", side, channels) for part in ("", "-test"))
+        return train, test, str(private)
     whole = data.load_named_or_path(private, side, channels)
     if len(whole) < 5:
         raise InputError("a comparison holds a fifth of the images out for tests: give five or more.")

@@ -29,6 +29,7 @@ from hyperdp_lib.image_files import (
     IMAGE_SUFFIXES,
     ImageFiles,
     InputError,
+    read_arrays,
     read_folder,
     read_npz,
     shown,
@@ -52,7 +53,12 @@ __all__ = [
     "to_uint8",
 ]
 
-NAMED_DATA_SETS = ("digits", "digits-test")
+# Data sets that are not part of the library, read from the folder in the environment variable HYPERDP_DATA: an .npz of
+# that name with train_x, train_y, test_x and test_y.
+_DIGIT_NAMES = tuple(str(digit) for digit in range(10))
+_GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_EXTERNAL = {"mnist": ("mnist.npz", _DIGIT_NAMES), "fashion-mnist": ("fashion_mnist.npz", _GARMENTS)}
+NAMED_DATA_SETS = tuple(f"{name}{part}" for name in ("digits", *_EXTERNAL) for part in ("", "-test"))
 # ITU-R BT.601 luma, what Pillow's mode "L" uses.
 _LUMA = (0.299, 0.587, 0.114)
 # Bounds the float working memory of a resize without slowing small images down.
@@ -288,7 +294,9 @@ def load_images(
 def load_named_or_path(
     name_or_path: str | os.PathLike[str], image_size: int = 16, channels: int = 1, *, labelled: bool = True
 ) -> ImageSet:
-    """A named data set (``digits``, ``digits-test``) or whatever :func:`load_images` reads.
+    """A named data set (one of ``NAMED_DATA_SETS``) or whatever :func:`load_images` reads.
+
+    ``mnist`` and ``fashion-mnist`` are read from the folder named by the environment variable ``HYPERDP_DATA``.
 
     A name wins over a folder of the same name; write ``./digits`` for the folder.
 
@@ -299,7 +307,8 @@ def load_named_or_path(
     """
     name = os.fspath(name_or_path)
     if name in NAMED_DATA_SETS:
-        named = digits("test" if name == "digits-test" else "train", image_size)
+        base, split = name.removesuffix("-test"), "test" if name.endswith("-test") else "train"
+        named = digits(split, image_size) if base == "digits" else _external(base, split, image_size)
         images = to_channels(named.images, channels)
         if not labelled:
             return ImageSet(images, notes=named.notes)
@@ -352,8 +361,30 @@ def digits(split: str = "train", image_size: int = 16) -> ImageSet:
     return ImageSet(
         images=to_model_range(_fit(levels[..., None], image_size, channels=1)),
         labels=torch.as_tensor(source.target[index].astype(np.int64)),
-        class_names=tuple(str(digit) for digit in range(10)),
+        class_names=_DIGIT_NAMES,
         notes=() if image_size == 8 else (_resize_note([(8, 8)], image_size),),
+    )
+
+
+def _external(name: str, split: str, image_size: int) -> ImageSet:
+    """Grey images, white on black, from ``HYPERDP_DATA``."""
+    file, class_names = _EXTERNAL[name]
+    folder = os.environ.get("HYPERDP_DATA", "")
+    path = Path(folder) / file
+    if not folder or not path.is_file():
+        raise InputError(
+            f"{name!r} is not part of the library: set HYPERDP_DATA to a folder with {file} "
+            "(arrays train_x, train_y, test_x, test_y)"
+        )
+    arrays = read_arrays(path, (f"{split}_x", f"{split}_y"))
+    images, labels = arrays.get(f"{split}_x"), arrays.get(f"{split}_y")
+    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 3 or len(images) != len(labels):
+        raise InputError(f"{file} in HYPERDP_DATA is not as expected: {split}_x (N, H, W) uint8 and {split}_y (N,)")
+    return ImageSet(
+        images=to_model_range(_fit(images[..., None], image_size, channels=1)),
+        labels=torch.as_tensor(labels.astype(np.int64)),
+        class_names=class_names,
+        notes=(_resize_note([(images.shape[1], images.shape[2])], image_size),),
     )
 
 

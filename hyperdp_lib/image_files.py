@@ -186,7 +186,7 @@ def _eight_bits(file: Path, levels: np.ndarray) -> np.ndarray:
 
 def read_npz(path: Path, fit: Fit, labelled: bool = True) -> ImageFiles:
     """An archive of ``images`` and optionally ``labels`` (0 .. K-1) and ``class_names``."""
-    arrays = _read_arrays(path, ("images", "labels", "class_names") if labelled else ("images",))
+    arrays = read_arrays(path, ("images", "labels", "class_names") if labelled else ("images",))
     if "images" not in arrays:
         raise InputError(f"{shown(path)} has no array 'images'; save it with numpy.savez(path, images=...)")
     images = arrays["images"]
@@ -217,7 +217,7 @@ def read_npz(path: Path, fit: Fit, labelled: bool = True) -> ImageFiles:
     )
 
 
-def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays that an ``.npz`` holds; pickled objects are refused, never executed."""
     try:
         if not zipfile.is_zipfile(path):

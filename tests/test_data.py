@@ -249,3 +249,20 @@ def test_image_set_checks_itself():
     with pytest.raises(ValueError, match="3 labels"):
         ImageSet(images, torch.zeros(3, dtype=torch.int64), ("a",))
     assert len(ImageSet(images)) == 2
+
+
+def test_data_sets_outside_the_library_are_read_from_a_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("HYPERDP_DATA", raising=False)
+    with pytest.raises(InputError, match="set HYPERDP_DATA to a folder with mnist.npz"):
+        load_named_or_path("mnist")
+    levels = np.random.default_rng(0).integers(0, 256, (6, 28, 28)).astype(np.uint8)
+    labels = np.array([3, 1, 4, 1, 5, 9], np.uint8)
+    np.savez(tmp_path / "mnist.npz", train_x=levels, train_y=labels, test_x=levels[:2], test_y=labels[:2])
+    monkeypatch.setenv("HYPERDP_DATA", str(tmp_path))
+    train, test = load_named_or_path("mnist"), load_named_or_path("mnist-test", 28)
+    assert train.images.shape == (6, 1, 16, 16) and train.labels.tolist() == labels.tolist()
+    assert train.class_names == tuple("0123456789") and "28 x 28" in train.notes[0]
+    assert (to_uint8(test.images) == levels[:2]).all()
+    np.savez(tmp_path / "mnist.npz", train_x=levels[:3], train_y=labels)
+    with pytest.raises(InputError, match="not as expected"):
+        load_named_or_path("mnist")
