@@ -70,8 +70,8 @@ _CHUNK = 400_000  # elements of one state array: stays in cache, and memory stay
 _HUGE = 1e12  # a residual variance that grew by this factor will not come back: the learner stops there
 _MOST = 1e200  # noise variances above are as good as this one, and do not overflow
 
-_PROJECTED_STEPS = (2, 4, 8, 16, 32, 64, 128)
-_PROJECTED_CLIPS = np.geomspace(0.08, 5.0, 14)  # in units of sqrt(k) sigma_y
+_PROJECTED_STEPS = (2, 3, 4, 8, 16, 32, 64, 128)
+_PROJECTED_CLIPS = np.geomspace(0.02, 5.0, 18)  # in units of sqrt(k) sigma_y
 _PROJECTED_STEP_SIZES = np.geomspace(0.15, 6.0, 13)  # in units of the best single step, over steps**0.7
 _RETREAT = 1.4  # a projected learner whose error passes this multiple of the initial one is given up
 
@@ -315,8 +315,9 @@ def bayes_ridge(setting: LinearSetting, num_private: ArrayLike) -> Array:
     penalty = kappa * s2 / setting.trivial_risk
     half = 1 - kappa + penalty
     root = np.hypot(half, 2 * np.sqrt(kappa * penalty))
-    # the form of the root without cancellation, on either side
-    transform = np.where(half > 0, 2 / (np.abs(half) + root), (np.abs(half) + root) / (2 * kappa * penalty))
+    # the form of the root without cancellation, on either side; the other may overflow
+    with np.errstate(over="ignore", divide="ignore"):
+        transform = np.where(half > 0, 2 / (np.abs(half) + root), (np.abs(half) + root) / (2 * kappa * penalty))
     return np.minimum(kappa * s2 * transform, setting.trivial_risk)
 
 
@@ -607,9 +608,17 @@ def _search_projected(setting: LinearSetting, n: Array, mu: Array, flat: Tuned, 
         _improve(found, rows, risk.reshape(shape), steps, alpha.reshape(shape), wide)
 
     count = len(n)
-    found = [np.full(count, np.inf), np.zeros(count, np.int64), np.zeros(count), np.zeros(count)]
+    found = [np.full(count, np.inf), np.zeros(count, np.int64), np.zeros(count), np.ones(count)]
     for steps in _PROJECTED_STEPS:
         search(found, steps, single * _PROJECTED_STEP_SIZES / steps**0.7, np.arange(count))
+    _, best_steps, best_size, best_clip = (value.copy() for value in found)
+    index = np.abs(clips[:, 0] - best_clip[:, None]).argmin(-1)
+    ratio = best_size / single[np.arange(count), index, 0]
+    for steps in np.unique(best_steps[best_steps > 0]):
+        group = np.flatnonzero(best_steps == steps)
+        sizes = single[group] * (ratio[group, None, None] * _FINER_STEP_SIZES)
+        search(found, int(steps), sizes, group)
+        search(found, 2 * int(steps), sizes * 2**-0.85, group)
     _keep_better(flat, part, found)
 
 
