@@ -163,7 +163,7 @@ def _point(place: Place, formula: Any, result: Simulated) -> Point:
 
 def _average(results: Sequence[Simulated]) -> Simulated:
     """Over independent public draws: the standard error is that of the draws' means, spread of eta included."""
-    pooled = Simulated.of([result.mean for result in results])
+    pooled = Simulated.of([float(result.mean) for result in results])
     return replace(pooled, repetitions=sum(result.repetitions for result in results))
 
 
@@ -234,7 +234,8 @@ def _deepsets_gaussian(rng: np.random.Generator, place: Place) -> Point:
     """Gaussian coefficients. The best scale is found on a separate sample: the error is a parabola in the scale."""
     setting, n, mu = _setting(place, subspace_error=0.0), place["n"], _mu(place)
     clip = place["clip_factor"] * math.sqrt(setting.k * setting.label_variance)
-    arguments = {"clip": clip, "tasks": "gaussian", "repetitions": 4000}
+    count = int(np.clip(1e7 / (n * setting.k), 500, 4000))
+    arguments: dict[str, Any] = {"clip": clip, "tasks": "gaussian", "repetitions": count}
     pilot = simulation.dp_deepsets(rng, setting, n, mu, scale=[0.0, 1.0, 2.0], **arguments)
     at_0, at_1, at_2 = np.asarray(pilot.mean)
     curvature = (at_0 - 2 * at_1 + at_2) / 2
@@ -341,7 +342,7 @@ def _one_sum_in_ambient_space(rng: np.random.Generator, setting: LinearSetting, 
     whole = LinearSetting(d=setting.d, k=setting.d, tau=tau, noise_std=setting.noise_std, subspace_error=0.0)
     clip = float(deepsets.optimal_clip(whole, n, mu))
     scale = float(deepsets.decoder_scale(whole, n, mu, clip))
-    count = max(40, simulation.deepsets_repetitions(n, setting.d) // 4)
+    count = max(20, simulation.deepsets_repetitions(n, setting.d) // 6)
     return simulation.dp_deepsets(rng, whole, n, mu, clip=clip, scale=scale, repetitions=count)
 
 
@@ -502,13 +503,12 @@ COMPARISONS = (
         _crossed(
             _rows(
                 _PUBLIC + " off_subspace_energy",
-                (200, 5, 2000, 50, 0.0), (200, 5, 2000, 50, 0.1), (50, 3, 300, 20, 0.0), (50, 3, 3000, 50, 0.1),
-                (200, 10, 1000, 100, 0.0), (200, 5, 3000, 10, 0.0), (1000, 10, 2000, 100, 0.0),
-                (1000, 5, 3000, 20, 0.05),
+                (200, 5, 2000, 50, 0.0), (200, 5, 2000, 50, 0.1), (1000, 5, 3000, 20, 0.05), (50, 3, 300, 20, 0.0),
+                (1000, 10, 2000, 100, 0.0), (200, 10, 1000, 100, 0.0), (200, 5, 3000, 10, 0.0), (50, 3, 3000, 50, 0.1),
             ),
             _grid(n=(300, 1000, 3000, 10_000), epsilon=(0.5, 2, 8)),
         ),
-        _deepsets_end_to_end, quick=5,
+        _deepsets_end_to_end, quick=4,
     ),
     Comparison(
         "deepsets_gaussian_tasks", "DP-DeepSets, Gaussian tasks", _EXACT,
@@ -535,7 +535,7 @@ COMPARISONS = (
             _PUBLIC + " off_subspace_energy draws",
             (200, 5, 2000, 50, 0.1, 8), (200, 5, 2000, 50, 0.5, 8), (50, 3, 1000, 20, 0.3, 16),
         ),
-        _subspace("self-normalised", subspace.subspace_error), quick=5,
+        _subspace("self-normalised", subspace.subspace_error), quick=4,
     ),
     Comparison(
         "subspace_below_threshold", "Subspace error where public data teach nothing", Tolerance(0.9, 1.2, z=3),
@@ -545,8 +545,8 @@ COMPARISONS = (
     ),
     Comparison(
         "subspace_error_plain", "Subspace error, plain moments (first order)", _ABOUT,
-        _rows(_PUBLIC + " draws", (200, 5, 2000, 50, 8), (200, 5, 3000, 20, 8), (50, 3, 3000, 10, 16),
-              (50, 3, 3000, 50, 16), (200, 10, 3000, 100, 8), (1000, 5, 10_000, 50, 3)),
+        _rows(_PUBLIC + " draws", (200, 5, 2000, 50, 8), (1000, 5, 10_000, 50, 3), (200, 5, 3000, 20, 8),
+              (200, 10, 3000, 100, 8), (50, 3, 3000, 10, 16), (50, 3, 3000, 50, 16)),
         _subspace("plain", subspace.plain_subspace_error), quick=2,
     ),
     Comparison(
@@ -562,7 +562,7 @@ COMPARISONS = (
             _rows("d n epsilon", (50, 1000, 1), (200, 1000, 1), (200, 3000, 2), (200, 10_000, 0.5), (200, 10_000, 8)),
             _grid(tuning=tuple(range(12))),
         ),
-        _dp_gd_untuned, quick=3,
+        _dp_gd_untuned, quick=2,
     ),
     Comparison(
         "dp_gd_search", "DP-GD at its tuning, over the best of 25 random others", Tolerance(0, 1.1, z=3),
@@ -572,7 +572,7 @@ COMPARISONS = (
     Comparison(
         "one_step", "One step of DP-GD in R^d", _ABOUT,
         _grid(d=(50, 200), n=(300, 2000, 20_000), epsilon=(0.5, 2, 8)),
-        _one_step, quick=4,
+        _one_step, quick=2,
     ),
     Comparison(
         "noisy_statistics", "Noisy sufficient statistics, oracle ridge", _ABOUT,
@@ -592,13 +592,13 @@ COMPARISONS = (
     Comparison(
         "ols", "Least squares", _EXACT,
         _rows("d k n repetitions", (20, 2, 60, 400), (50, 3, 300, 300), (200, 5, 1000, 40), (200, 5, 3000, 20)),
-        _ols, quick=3,
+        _ols, quick=2,
     ),
     Comparison(
         "bayes_ridge", "Ridge regression at the best penalty", Tolerance(0.95, 1.05, z=3),
-        _rows("d k n repetitions", (50, 3, 100, 300), (50, 3, 300, 300), (200, 5, 300, 100), (200, 5, 1000, 60),
-              (200, 5, 3000, 20), (1000, 5, 1000, 4)),
-        _bayes_ridge, quick=3,
+        _rows("d k n repetitions", (50, 3, 100, 300), (50, 3, 300, 300), (200, 5, 300, 100), (1000, 5, 1000, 4),
+              (200, 5, 1000, 60), (200, 5, 3000, 20)),
+        _bayes_ridge, quick=2,
     ),
     Comparison(
         "crossover", "DP-DeepSets over DP-GD at the predicted crossover", _ABOUT,
@@ -701,7 +701,7 @@ def _content(path: Path) -> dict:
 
 
 def _is_done(folder: str | Path, one: Comparison, quick: bool) -> bool:
-    """Whether the file is there, with this tolerance and all the places now asked for (a full run covers a quick one)."""
+    """Whether the file is there with this tolerance and all the places now asked for: a full run covers a quick one."""
     path = Path(folder) / f"{one.name}.json"
     if not path.exists():
         return False
