@@ -185,8 +185,8 @@ def small_step_constant(noise_std: ArrayLike, tau: ArrayLike, a: ArrayLike) -> A
     if not ((s > 0) & (t > 0) & (a > 0)).all():
         raise InputError("need noise_std, tau and a above 0")
     shape = s.shape
-    # in units of tau; an a above 100 tau cannot help, one below 1e-8 tau is as good as that
-    s, scaled = (s / t).ravel()[:, None], np.clip((a / t).ravel()[:, None], 1e-8, 1e2)
+    # in units of tau; an a above 100 cannot help, one below 1e-8 is as good as that
+    unit, s, scaled = t.ravel(), (s / t).ravel()[:, None], np.clip(a.ravel()[:, None], 1e-8, 1e2)
     rate = 2 * (2 / np.pi) ** 0.5
     start = np.sqrt(s**2 + 1)
 
@@ -214,7 +214,7 @@ def small_step_constant(noise_std: ArrayLike, tau: ArrayLike, a: ArrayLike) -> A
         index = value.argmin(-1)[:, None]
         best = np.take_along_axis(best, index, -1) + width * np.linspace(-1, 1, 21)
     least = np.minimum(end_error(best).min(-1), 1.0)
-    return (least / (a / t).ravel() ** 2).reshape(shape)
+    return (least * (unit / a.ravel()) ** 2).reshape(shape)
 
 
 def working_rule(setting: LinearSetting, num_private: ArrayLike, mu: ArrayLike) -> Array:
@@ -432,16 +432,17 @@ def _checked_tuning(n: Array, mu: Array, steps: ArrayLike, step_size: ArrayLike,
 def _spectrum(kappa: Array, count: int = _NODES) -> tuple[Array, Array]:
     """Nodes and weights (P, count + 1), of sum 1, of the Marchenko-Pastur law at ``kappa = d / n`` (P,).
 
-    Midpoints in the angle of ``l = 1 + kappa + 2 sqrt(kappa) cos(angle)``. The last node is 0, with the mass ``1 - n /
-    d`` if d > n: directions that no example shows. Without it DP gradient descent would look far too good there.
+    Chebyshev's angles in ``l = 1 + kappa + 2 sqrt(kappa) cos(angle)`` integrate polynomials times the density exactly
+    but for its factor 1/l, whose error is that of the total mass. So the last node, 0, takes the mass that the others
+    lack: all polynomials up to degree 2 count are then exact, and the node has the true mass ``1 - n / d`` if d > n, of
+    directions that no example shows. Without it DP gradient descent would look far too good there.
     """
     k = kappa[:, None]
-    angle = (np.arange(count) + 0.5) * np.pi / count
+    angle = np.arange(1, count + 1) * np.pi / (count + 1)
     nodes = 1 + k + 2 * np.sqrt(k) * np.cos(angle)
-    weights = np.sin(angle) ** 2 / nodes
-    seen = np.minimum(1, 1 / k)
-    weights *= seen / weights.sum(1, keepdims=True)
-    return np.concatenate([nodes, np.zeros_like(k)], 1), np.concatenate([weights, 1 - seen], 1)
+    weights = 2 / (count + 1) * np.sin(angle) ** 2 / nodes
+    missing = np.maximum(1 - weights.sum(1, keepdims=True), 0)
+    return np.concatenate([nodes, np.zeros_like(k)], 1), np.concatenate([weights, missing], 1)
 
 
 def _clipped_residual(clip: Array, variance: Array) -> tuple[Array, Array, Array]:
@@ -463,7 +464,7 @@ def _evolve(setting: LinearSetting, signal: Array, n: Array, mu: Array, steps: i
     """Risk (P, C) of C tunings at each of P points; ``signal`` is the squared norm of the error at the start."""
     d, s2 = setting.d, setting.noise_std**2
     kappa = d / n
-    # a polynomial of degree 2 steps in l is integrated exactly by as many nodes as steps; 80 do for 256 steps
+    # without clipping, R is of degree 2 steps in l: exact with as many nodes as steps. 80 are ample for 256 small steps
     eigen, p = _spectrum(kappa, max(_NODES, min(steps // 3, 1000)))
     column = kappa[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
