@@ -153,12 +153,13 @@ def test_examples_of_another_dimension_are_refused(network):
         network.release(np.zeros((5, 20)), MU)
 
 
-def test_measured_risk_is_the_risk_of_releases(network):
+@pytest.mark.parametrize("mu", [0.05, MU])  # dominated by the noise, and by the sampling of examples
+def test_measured_risk_is_the_risk_of_releases(network, mu):
     errors = []
     for seed in range(150):
         rows, theta = examples(network, SIZE, seed)
-        errors.append(np.sum((network.release(rows, MU, seed=seed) - theta) ** 2))
-    measured = network.risk(SIZE, MU, test_tasks=2000)
+        errors.append(np.sum((network.release(rows, mu, seed=seed) - theta) ** 2))
+    measured = network.risk(SIZE, mu, test_tasks=2000)
     deviation = math.hypot(np.std(errors) / math.sqrt(150), measured.standard_error)
     assert abs(np.mean(errors) - measured.mean) < 4 * deviation
 
