@@ -276,14 +276,17 @@ def _dp_gd(rng: np.random.Generator, place: Place) -> Point:
 
 
 def _descent(
-    rng: np.random.Generator, setting: LinearSetting, n: int, mu: float, tuned: rivals.Tuned, at_least: int = 6
+    rng: np.random.Generator, setting: LinearSetting, n: int, mu: float, tuned: rivals.Tuned, work: float = 3e9
 ) -> Simulated:
-    """DP-GD in R^d at a tuning of the formula, whose clip is that of a residual."""
+    """DP-GD in R^d at a tuning of the formula, whose clip is that of a residual.
+
+    ``work``: numbers of x to be read in all. At least 8 repetitions: the standard error of fewer says little.
+    """
     steps = int(tuned.steps)
     return simulation.dp_gd(
         rng, setting, n, mu, steps=steps, step_size=float(tuned.step_size),
         gradient_clip=float(tuned.clip) * math.sqrt(setting.d),
-        repetitions=max(at_least, simulation.descent_repetitions(n, setting.d, steps)),
+        repetitions=int(np.clip(work / (n * setting.d * max(steps, 2)), 8, 40)),
     )  # fmt: skip
 
 
@@ -305,11 +308,8 @@ def _dp_gd_untuned(rng: np.random.Generator, place: Place) -> Point:
     steps, sizes, clips = _random_tunings(rng, tuned, 200)
     risks = rivals.dp_gd_risk(setting, n, mu, steps=steps, step_size=sizes, clip=clips)
     first = int(np.argmax(risks <= 1.5 * tuned.risk))
-    result = simulation.dp_gd(
-        rng, setting, n, mu, steps=int(steps[first]), step_size=sizes[first],
-        gradient_clip=clips[first] * math.sqrt(setting.d), repetitions=20,
-    )  # fmt: skip
-    return _point(place, risks[first], result)
+    drawn = rivals.Tuned(risks[first], steps[first], sizes[first], clips[first])
+    return _point(place, risks[first], _descent(rng, setting, n, mu, drawn, work=1.5e9))
 
 
 def _dp_gd_search(rng: np.random.Generator, place: Place) -> Point:
@@ -422,7 +422,7 @@ def _crossover(rng: np.random.Generator, place: Place) -> Point:
     setting, mu = _setting(place), _mu(place)
     n = round(float(bounds.crossover(setting, mu)))
     ours = _deepsets_end_to_end(rng, {**place, "n": n})
-    theirs = _descent(rng, setting, n, mu, rivals.dp_gd(setting, n, mu), at_least=20)
+    theirs = _descent(rng, setting, n, mu, rivals.dp_gd(setting, n, mu))
     other = theirs.at()
     ratio = ours.simulated / other.mean
     error = ratio * math.hypot(ours.standard_error / ours.simulated, other.standard_error / other.mean)
@@ -433,7 +433,7 @@ def _lower_bound(rng: np.random.Generator, place: Place) -> Point:
     """A learner without public data against what none can beat."""
     setting, n, mu = _setting(place), place["n"], _mu(place)
     learners: dict[str, Callable[[], Simulated]] = {
-        "DP-GD": lambda: _descent(rng, setting, n, mu, rivals.dp_gd(setting, n, mu)),
+        "DP-GD": lambda: _descent(rng, setting, n, mu, rivals.dp_gd(setting, n, mu), work=3e8),
         "one step": lambda: _one_sum_in_ambient_space(rng, setting, n, mu),
         "noisy statistics": lambda: _oracle_statistics(rng, setting, n, mu),
     }
@@ -627,7 +627,7 @@ def comparison(name: str) -> Comparison:
 
 
 def save(
-    folder: str | Path, one: Comparison, points: Sequence[Point], quick: bool, seconds: float, origin: dict
+    folder: str | Path, one: Comparison, points: Sequence[Point], quick: bool, cpu_seconds: float, origin: dict
 ) -> Path:
     """Write ``folder/<name>.json``: tolerance, summary, points and provenance. Six digits; infinity is null."""
     content = {
@@ -646,7 +646,7 @@ def save(
             }
             for point in points
         ],
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "provenance": origin,
     }
     path = Path(folder) / f"{one.name}.json"
@@ -747,10 +747,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=sum(len(one.places(chosen.quick)) for one in missing), unit="point", disable=None) as bar:
         for one in missing:
             bar.set_description(one.name)
-            started, clock = datetime.now(UTC), time.perf_counter()
+            started, clock = datetime.now(UTC), time.process_time()
             points = one.run(chosen.quick, step=bar.update)
             origin = provenance(f"python -m hyperdp_lib.theory.agreement --object {one.name}", started=started)
-            save(chosen.out, one, points, chosen.quick, time.perf_counter() - clock, origin)
+            save(chosen.out, one, points, chosen.quick, time.process_time() - clock, origin)
     contents = {name: content for name, content in load(chosen.out).items() if name in {one.name for one in wanted}}
     print("\n".join(_lines(contents)))
     failed = [name for name, content in contents.items() if content["summary"]["outside"]]
