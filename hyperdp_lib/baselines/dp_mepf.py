@@ -112,16 +112,31 @@ class PerceptualFeatures(nn.Module):
         `hyperdp_lib.evaluation.FeatureNetwork`; without batch statistics. It is copied, and the copy frozen.
     depths : sequence of int
         Depth d is the output of the d-th activation function; the last layer counts as one.
+    side : int, optional
+        Larger maps are averaged down to this height and width, so that fewer coordinates share the noise. ``None``
+        keeps every activation, as the original does.
+    public_images : Tensor, optional
+        ``(N, C, H, W)``: their mean features are subtracted from all features. Activations have a large common part
+        that says nothing of an image but takes most of the unit norm. The original subtracts nothing.
 
     Examples
     --------
     >>> from hyperdp_lib.embedding import Encoder
-    >>> features = PerceptualFeatures(Encoder(), depths=(3, 4))
-    >>> features(torch.zeros(2, 1, 16, 16)).shape  # 64 x 8 x 8 and 128 x 4 x 4
-    torch.Size([2, 6144])
+    >>> features = PerceptualFeatures(Encoder(), depths=(2, 4), side=4)
+    >>> features(torch.zeros(5, 1, 16, 16)).shape  # 64 x 4 x 4 and 128 x 4 x 4
+    torch.Size([5, 3072])
     """
 
-    def __init__(self, network: nn.Module, depths: Sequence[int] = DEPTHS) -> None:
+    centre: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        depths: Sequence[int] = DEPTHS,
+        *,
+        side: int | None = 4,
+        public_images: Tensor | None = None,
+    ) -> None:
         super().__init__()
         leaves = [copy.deepcopy(m) for m in network.modules() if not list(m.children())]
         if any(isinstance(leaf, nn.modules.batchnorm._BatchNorm) and leaf.training for leaf in leaves):
@@ -131,10 +146,17 @@ class PerceptualFeatures(nn.Module):
             ends.append(len(leaves) - 1)
         if not depths or not all(1 <= depth <= len(ends) for depth in depths):
             raise InputError(f"depths must lie in 1 .. {len(ends)}, got {tuple(depths)}.")
-        self.depths = tuple(sorted(set(depths)))
+        if side is not None and side < 1:
+            raise InputError(f"side must be at least 1, or None for whole maps, got {side}.")
+        self.depths, self.side = tuple(sorted(set(depths))), side
         starts = [0, *(end + 1 for end in ends)]
         stages = [nn.Sequential(*leaves[a : b + 1]) for a, b in zip(starts, ends, strict=False)]
         self.stages = nn.ModuleList(stages[: self.depths[-1]]).eval().requires_grad_(False)
+        self.register_buffer("centre", torch.zeros((), device=_device(network)))
+        if public_images is not None:
+            with torch.no_grad():
+                parts = [self(part.to(self.centre.device)).double().sum(0) for part in public_images.split(500)]
+            self.centre = (torch.stack(parts).sum(0) / len(public_images)).float()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, C, H, W)`` in [-1, 1] -> ``(N, D)``."""
@@ -142,8 +164,9 @@ class PerceptualFeatures(nn.Module):
         for depth, stage in enumerate(self.stages, 1):
             inputs = stage(inputs)
             if depth in self.depths:
-                kept.append(inputs.flatten(1))
-        return torch.cat(kept, 1)
+                large = self.side is not None and inputs.ndim == 4 and inputs.shape[-1] > self.side
+                kept.append((F.adaptive_avg_pool2d(inputs, self.side) if large else inputs).flatten(1))
+        return torch.cat(kept, 1) - self.centre
 
 
 class Generator(nn.Module):
@@ -249,8 +272,8 @@ def train_dp_mepf(
     epsilon, delta, neighboring_relation
         The budget. ``epsilon = inf`` runs the same code without noise, and is certified as NOT PRIVATE.
     num_private_declared : int
-        Public: the number of images to plan for. It bounds the noisy counts from below, at a hundredth of an even
-        share.
+        Public: the number of images to plan for. Nothing here depends on it but the certificate, which states it where
+        the number of images is not secret.
     class_names : sequence of str
         The public label set.
     seed : int, optional
@@ -272,13 +295,17 @@ def train_dp_mepf(
     names = tuple(class_names)
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
+    if not names:
+        raise InputError("class_names is empty: name the public label set.")
+    if private_labels is None and len(names) > 1:
+        raise InputError("several class_names but no private_labels: give one label for each image.")
     shape = _image_shape(private_images)
     moments = Moments(extractor, config, shape)
     try:
         release = mechanism.GaussianSum(
             dimension=moments.dimension,
             noise_multiplier=accounting.noise_multiplier(epsilon, delta),
-            num_rows=max(1, len(names)),
+            num_rows=len(names),
             neighboring_relation=neighboring_relation,
         )
     except ValueError as error:
@@ -290,12 +317,12 @@ def train_dp_mepf(
         moments.of_private(private_images, labels), release, seed=0 if noiseless and seed is None else seed
     )
     if config.public_class_counts:
-        counts = torch.bincount(labels.cpu(), minlength=len(names)).double().numpy()
-    else:
-        counts = noisy_sum[:, 0] / config.count_coordinate
-    least = max(1.0, release.noise_std / config.count_coordinate, 0.01 * num_private_declared / len(names))
+        counts = np.maximum(torch.bincount(labels.cpu(), minlength=len(names)).double().numpy(), 1.0)
+    else:  # not below their own noise, so that a class of noise alone has bounded means
+        least = max(1.0, release.noise_std / config.count_coordinate)
+        counts = np.maximum(noisy_sum[:, 0] / config.count_coordinate, least)
     generator = fit_generator(
-        noisy_sum, np.maximum(counts, least), moments, config, seed=0 if seed is None else seed, progress=progress
+        noisy_sum, counts, moments, config, seed=0 if seed is None else seed, progress=progress
     )
     trained = DPMepf(
         generator=generator,
@@ -317,7 +344,7 @@ class Moments:
 
     def __init__(self, extractor: Extractor, config: DPMepfConfig, shape: tuple[int, int, int]) -> None:
         self.extractor, self.shape = extractor, shape
-        self.device = next(iter(_state(extractor).values()), torch.zeros(())).device
+        self.device = _device(extractor)
         size = math.sqrt(1 - config.count_coordinate**2)
         self.count = config.count_coordinate
         self.weights = (size / math.hypot(1, config.beta), size * config.beta / math.hypot(1, config.beta))
@@ -464,3 +491,7 @@ def _image_shape(private_images: Tensor) -> tuple[int, int, int]:
 
 def _state(extractor: Extractor) -> dict[str, Tensor]:
     return dict(extractor.state_dict()) if isinstance(extractor, nn.Module) else {}
+
+
+def _device(extractor: Extractor) -> torch.device:
+    return next(iter(_state(extractor).values()), torch.zeros(())).device
