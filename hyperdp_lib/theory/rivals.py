@@ -64,6 +64,7 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of mu^2, spent on DP-DeepSets by the hyb
 
 _ONE_STEP_CLIPS = np.geomspace(0.01, 8.0, 40)
 _FINER_CLIPS = np.array([0.5, 0.72, 1.0, 1.4, 1.9])
+_ROUNDS, _MOST_STEPS = 4, 2 * STEPS[-1]  # of refinement
 _FINER_STEP_SIZES = 1.446 ** np.array([-1.2, -0.67, -0.33, 0.0, 0.33, 0.67])
 _NODES = 80  # of the Marchenko-Pastur law
 _CHUNK = 400_000  # elements of one state array: stays in cache, and memory stays far below 100 MB
@@ -143,7 +144,8 @@ def dp_gd_risk(
 def dp_gd(setting: LinearSetting, num_private: ArrayLike, mu: ArrayLike) -> Tuned:
     """DP gradient descent in R^d at the tuning of the smallest predicted risk; never worse than the trivial risk.
 
-    A grid over steps, step size and clip, then one finer grid around its best, which also tries twice the steps.
+    A grid over steps, step size and clip, then a finer one around its best, which also tries twice the steps; more of
+    them while the best clip moves to the edge. Within 3 % of far longer searches (5 % if s < tau / 10).
     About 10 ms a point.
 
     >>> tuned = dp_gd(LinearSetting(), 1000, [0.2681, 1.666])
@@ -534,18 +536,24 @@ def _tune(setting: LinearSetting, signal: Array, n: Array, mu: Array) -> Tuned:
             sizes = unit.reshape(clips.shape) / steps**0.7
             risks = _evolve(setting, start, n_, mu_, steps, sizes, clips)
             _improve(found, np.arange(len(part)), risks, steps, sizes, clips)
-        _, best_steps, best_size, best_clip = (value.copy() for value in found)
-        for steps in np.unique(best_steps):
-            group = np.flatnonzero(best_steps == steps)
-            clips = best_clip[group][:, None] * _FINER_CLIPS
-            # the same progress per step at every clip
-            same = erf(best_clip / sigma / 2**0.5)[group, None] / erf(clips / sigma[group, None] / 2**0.5)
-            unit = (best_size[group][:, None] * same)[..., None] * _FINER_STEP_SIZES
-            clips = np.repeat(clips, len(_FINER_STEP_SIZES), 1)
-            for more, count in ((1.0, int(steps)), (2**-0.85, 2 * int(steps))):
-                sizes = unit.reshape(clips.shape) * more
-                risks = _evolve(setting, start[group], n_[group], mu_[group], count, sizes, clips)
-                _improve(found, group, risks, count, sizes, clips)
+        active = np.arange(len(part))
+        for _ in range(_ROUNDS):
+            best, best_steps, best_size, best_clip = (value.copy() for value in found)
+            for steps in np.unique(best_steps[active]):
+                group = active[best_steps[active] == steps]
+                clips = best_clip[group][:, None] * _FINER_CLIPS
+                # the same progress per step at every clip
+                same = erf(best_clip / sigma / 2**0.5)[group, None] / erf(clips / sigma[group, None] / 2**0.5)
+                unit = (best_size[group][:, None] * same)[..., None] * _FINER_STEP_SIZES
+                clips = np.repeat(clips, len(_FINER_STEP_SIZES), 1)
+                for more, count in ((1.0, int(steps)), (2**-0.85, 2 * int(steps))):
+                    if count <= _MOST_STEPS:
+                        sizes = unit.reshape(clips.shape) * more
+                        risks = _evolve(setting, start[group], n_[group], mu_[group], count, sizes, clips)
+                        _improve(found, group, risks, count, sizes, clips)
+            # on where it paid and the best clip is still at the edge: where labels have little noise
+            shift = np.abs(np.log(found[3] / best_clip))
+            active = np.flatnonzero((found[0] < 0.99 * best) & (shift > 0.99 * np.log(_FINER_CLIPS[-1])))
         _keep_better(flat, part, found)
     flat = Tuned(np.fmin(flat.risk, signal), flat.steps, flat.step_size, flat.clip)
     return _reshaped(flat, shape)
