@@ -1,7 +1,9 @@
 """The rival: LoRA adapters trained on the private images by DP-SGD.
 
 DP-LoRA (Tsai et al. 2024, arXiv 2406.01355): adapters of a public diffusion model, trained by DP-SGD, each
-image's gradient averaged over several noise draws before it is clipped.  Written from the paper.
+image's gradient averaged over several noise draws before it is clipped.  Written from the paper;
+`DPLoraConfig.as_published` has its choices: attention projections, ``lora_alpha = r``, the biases of adapted
+layers and the class embeddings trained too.
 
 Two ways to use labels, the better of which is the rival:
 
@@ -13,8 +15,9 @@ Two ways to use labels, the better of which is the rival:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,12 +46,15 @@ class DPLoraConfig(TrainConfig):
     mode : {"per_class", "shared"}
     r, lora_alpha, target_modules
         As in PEFT's ``LoraConfig``.
+    train_bias : bool
+        Train the biases of the adapted layers too (``bias="lora_only"`` in PEFT).
     """
 
     mode: str = "per_class"
     r: int = 4
     lora_alpha: int = 4
     target_modules: str = ALL_BLOCK_LAYERS
+    train_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +62,19 @@ class DPLoraConfig(TrainConfig):
             raise InputError(f"mode must be 'per_class' or 'shared', got {self.mode!r}.")
         if self.r < 1 or not self.lora_alpha > 0:
             raise InputError(f"r must be at least 1 and lora_alpha positive, got {self.r} and {self.lora_alpha}.")
+
+    @classmethod
+    def as_published(cls, *, r: int = 8, **changes: Any) -> DPLoraConfig:
+        """What Tsai et al. train, and the middle of their ranges; steps, batch and learning rate are one's own.
+
+        >>> config = DPLoraConfig.as_published(r=16, num_steps=100)
+        >>> config.mode, config.lora_alpha, config.train_bias
+        ('shared', 16, True)
+        """
+        published: dict[str, Any] = dict(
+            mode="shared", lora_alpha=r, target_modules=ATTENTION, train_bias=True, clip_norm=1e-3, noise_draws=4
+        )
+        return cls(r=r, **(published | changes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +97,9 @@ class DPLora:
         Coordinates noised at a time.
     seconds : float
         Wall-clock training time.
+    bias_changes : mapping of str to Tensor
+        ``per_class`` with ``train_bias``: layer name to ``(T, out)``, what to add to the layer's bias in each
+        class.  Empty otherwise: in ``shared`` mode the biases are those of ``model``.
     """
 
     adapter: Adapter | None
@@ -88,6 +110,28 @@ class DPLora:
     trained_parameters: int
     noise_dimension: int
     seconds: float
+    bias_changes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_releases(self) -> int:
+        """Noisy gradients that were released (of each class); 0 without privacy."""
+        return self.plan.num_steps if self.plan.noise_std > 0 else 0
+
+    def merged(self, index: int = 0) -> nn.Module:
+        """A plain diffusers model of one class, all that was trained merged in: ``save_pretrained`` keeps it.
+
+        In ``shared`` mode one model serves all classes, and ``index`` is not used.
+        """
+        if self.adapter is None:
+            return self.model
+        made = lora_model(self.model, self.config)
+        made.start_at(self.adapter[index])
+        model = made.merged()
+        layers = dict(model.named_modules())
+        with torch.no_grad():
+            for name, changes in self.bias_changes.items():
+                layers[name].bias.add_(changes[index])
+        return model
 
     def sample(
         self, num_images: int, *, generator: torch.Generator, num_steps: int = 20, batch_size: int = 500
@@ -97,16 +141,45 @@ class DPLora:
         if num_images % classes:
             raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
         labels = torch.arange(classes).repeat_interleave(num_images // classes)
-        images = diffusion.sample(
-            self.model,
-            self.adapter,
-            num_images,
-            generator=generator,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            class_labels=None if self.adapter is not None else labels.to(_device(self.model)),
-        )
+        with biases_changed(self.model, self.bias_changes) if self.bias_changes else nullcontext():
+            images = diffusion.sample(
+                self.model,
+                self.adapter,
+                num_images,
+                generator=generator,
+                num_steps=num_steps,
+                batch_size=batch_size,
+                class_labels=None if self.adapter is not None else labels.to(_device(self.model)),
+            )
         return images, labels
+
+
+@contextmanager
+def biases_changed(base_model: nn.Module, changes: Mapping[str, Tensor]) -> Iterator[None]:
+    """While inside, layers add another change ``(T, out)`` of bias for each of T equal shares of the batch.
+
+    The batch is sorted by class, as `hyperdp_lib.adapter.apply_adapters` has it; the two go together.
+    """
+    layers = dict(base_model.named_modules())
+
+    def adding(change: Tensor, trailing: int) -> Any:
+        def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            shares = output.unflatten(0, (len(change), -1))
+            between = shares.ndim - 2 - trailing  # the share's images, and tokens where there are some
+            shaped = change.view(len(change), *[1] * between, -1, *[1] * trailing)
+            return (shares + shaped.to(output)).flatten(0, 1)
+
+        return add
+
+    handles = []
+    try:
+        for name, change in changes.items():
+            trailing = 2 if isinstance(layers[name], nn.Conv2d) else 0  # height and width follow the channels
+            handles.append(layers[name].register_forward_hook(adding(change, trailing)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def train_dp_lora(
@@ -154,6 +227,7 @@ def train_dp_lora(
     certificate : Certificate
         For ``epsilon = inf`` it says NOT PRIVATE.
     """
+    check_shape(private_images, base_model)
     names = tuple(class_names)
     per_class = config.mode == "per_class" or len(names) == 1
     lora_models: list[LoraModel] = []
@@ -185,6 +259,7 @@ def train_dp_lora(
         trained_parameters=run.trained_parameters,
         noise_dimension=run.noise_dimension,
         seconds=run.seconds,
+        bias_changes=bias_changes(base_model, lora_models) if per_class and config.train_bias else {},
     )
     certificate = dp_training.certify(
         run,
@@ -200,6 +275,28 @@ def train_dp_lora(
     return trained, certificate
 
 
+def check_shape(private_images: Tensor, base_model: Any) -> None:
+    """An `InputError` for images that the base model cannot take; looks at their shape only."""
+    shape = tuple(private_images.shape)
+    channels, size = base_model.config.in_channels, base_model.config.sample_size
+    if shape[1:] != (channels, size, size):
+        raise InputError(
+            f"private_images must have shape (N, {channels}, {size}, {size}) for this base model, got {shape}: "
+            "let data.load_images resize them."
+        )
+
+
+def bias_changes(base_model: nn.Module, lora_models: Sequence[LoraModel]) -> dict[str, Tensor]:
+    """What training did to the biases of adapted layers: layer name to ``(T, out)``."""
+    old = dict(base_model.named_modules())
+    changes = {}
+    for name in lora_models[0].geometry.names:
+        trained = [made.base_layer(name).bias for made in lora_models]
+        if trained[0] is not None:
+            changes[name] = torch.stack([bias.detach() for bias in trained]) - old[name].bias.detach()
+    return changes
+
+
 @dataclass(frozen=True, eq=False)
 class LoraModel:
     """A copy of the base model with trainable LoRA layers; its base weights are frozen."""
@@ -212,7 +309,7 @@ class LoraModel:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters, label embeddings included."""
+        """Trainable parameters, label embeddings and biases included."""
         return sum(p.numel() for p in self.parameters)
 
     def adapter(self) -> Adapter:
@@ -224,6 +321,20 @@ class LoraModel:
 
         factors = {name: (factor(name, "A"), factor(name, "B")) for name in self.geometry.names}
         return Adapter(self.lora_config, self.geometry, factors, ("adapter",))
+
+    def base_layer(self, name: str) -> Any:
+        """The layer of the copied base model that PEFT wrapped."""
+        return self.model.get_submodule(name).get_base_layer()  # type: ignore[operator]
+
+    def start_at(self, adapter: Adapter) -> None:
+        """Set the factors to those of one adapter (T = 1) of the same geometry."""
+        if adapter.num_adapters != 1 or adapter.geometry != self.geometry:
+            raise InputError("need one adapter for the layers and the rank of this configuration.")
+        for name, (a, b) in adapter.factors.items():
+            layer: Any = self.model.get_submodule(name)
+            with torch.no_grad():
+                layer.lora_A["default"].weight.copy_(a[0])
+                layer.lora_B["default"].weight.copy_(b[0])
 
     def merged(self) -> nn.Module:
         """The base model with the adapter merged into its weights."""
@@ -253,9 +364,21 @@ def lora_model(base_model: nn.Module, config: DPLoraConfig, *, num_classes: int 
     if num_classes:
         for embedding in _label_embeddings(model):
             embedding.embedding_table.requires_grad_(True)
+    if config.train_bias:
+        _train_biases(model, geometry)
     dp_training.trainable(model)
     parameters = tuple(p for p in model.parameters() if p.requires_grad)
     return LoraModel(peft_model, model, lora_config, geometry, parameters)
+
+
+def _train_biases(model: nn.Module, geometry: LoraGeometry) -> None:
+    wrapped: list[Any] = [model.get_submodule(name) for name in geometry.names]
+    biases = [layer.get_base_layer().bias for layer in wrapped]
+    if all(bias is None for bias in biases):
+        raise InputError("train_bias needs adapted layers with biases: this model's have none.")
+    for bias in biases:
+        if bias is not None:
+            bias.requires_grad_(True)
 
 
 def _device(model: nn.Module) -> torch.device:
