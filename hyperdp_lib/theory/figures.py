@@ -103,7 +103,9 @@ def risk_against_epsilon(
     zone = Patch(color="0.5", alpha=0.16, label="impossible without public data (Theorem 2)")
     strict = np.maximum(bound, bayes_ridge)
     axes.plot(x, strict, color="0.35", linewidth=1.3, linestyle="--")
-    dashed = Line2D([], [], color="0.35", linewidth=1.3, linestyle="--", label="larger of that and Bayes ridge")
+    dashed = Line2D(
+        [], [], color="0.35", linewidth=1.3, linestyle="--", label="same, or Bayes ridge if larger (approximate)"
+    )
     axes.axhline(trivial, color="0.35", linewidth=1.2, linestyle=":")
     axes.text(x[-1], trivial * 1.07, "public data only", ha="right", fontsize="small", color="0.3")
     _mark(axes, here, f"ε = {here:g}")
@@ -262,6 +264,8 @@ def clip_curves(
     axes.text(rule * 1.05, 0.97, "rule of thumb", transform=top, va="top", fontsize="small", color="0.3")
     axes.set(xscale="log", yscale="log", xlabel="clip norm $C / (\\sqrt{k}\\,\\sigma_y)$   (◁: normalised embedding)")
     axes.set(ylabel="risk")
+    low, high = axes.get_ylim()
+    _plain_ticks(axes.yaxis, [m * 10.0**p for p in range(-6, 3) for m in (1, 2, 5)], low, high)
     _plain_ticks(axes.xaxis, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], x[0], x[-1])
     axes.legend(loc="best")
     return figure
@@ -316,8 +320,8 @@ def _errorbars(axes: Axes, dots: Dots | None, colour: object, marker: str) -> No
         return
     mean, error = np.asarray(dots.mean, float), np.asarray(dots.standard_error, float)
     lower = np.minimum(error, 0.9 * mean)  # the axis is logarithmic
-    axes.errorbar(dots.x, mean, yerr=[lower, error], color=colour, marker=marker, markersize=4.5, capsize=2.5,
-                  linestyle="none", linewidth=1.1, markeredgecolor="white", markeredgewidth=0.5, zorder=5)  # fmt: skip
+    axes.errorbar(dots.x, mean, yerr=[lower, error], color=colour, marker=marker, markersize=6, capsize=3,
+                  linestyle="none", linewidth=1.1, markeredgecolor="white", markeredgewidth=0.6, zorder=5)  # fmt: skip
 
 
 def _here(axes: Axes, at: tuple[float, float]) -> Line2D:

@@ -35,7 +35,7 @@ _STYLE = """
 .epsilon-slider ul.risks { margin: 0.2rem 0; padding: 0; }
 .epsilon-slider .swatch { display: inline-block; width: 1.5rem; height: 0.25rem; }
 .epsilon-slider .swatch { margin-right: 0.4rem; vertical-align: middle; }
-.epsilon-slider p { margin: 0.3rem 0; min-height: 4.5em; }
+.epsilon-slider p { margin: 0.3rem 0; min-height: 3.2em; }
 .epsilon-slider table { border-collapse: collapse; }
 .epsilon-slider td, .epsilon-slider th { padding: 0.1rem 0.6rem; text-align: right; }
 """
@@ -203,7 +203,7 @@ def _drawing(axes: _Axes, frame: dict, methods: Sequence[str], trivial: float, n
     svg.append(
         f'<g data-crossing visibility="{state}" transform="translate({shift or 0},0)">'
         f'<line x1="0" y1="{_TOP}" x2="0" y2="{base}" stroke="currentColor" stroke-dasharray="7 4"/>'
-        f'<text x="4" y="{_TOP + 27}">n*</text></g>'
+        f'<text x="5" y="{base - 8}">n*</text></g>'
     )
     for method in reversed(methods):  # the first one on top
         width = 3.2 if method == "dp_deepsets" else 2

@@ -61,11 +61,10 @@ def check_parameters(epsilon: float, delta: float, num_private: int) -> None:
     InputError
         ``epsilon`` not above 0 and finite, fewer than 2 private examples, or ``delta`` outside (0, 1/n).
 
-    >>> check_parameters(1.0, 0.01, 1000)
+    >>> check_parameters(0.0, 1e-5, 1000)
     Traceback (most recent call last):
     ...
-    hyperdp_lib.data.InputError: delta = 0.01 must be above 0 and below 1/n = 0.001: a larger one would allow to publish
-    one of the n records
+    hyperdp_lib.data.InputError: epsilon must be above 0 and finite, got 0.0
     """
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon must be above 0 and finite, got {epsilon}")
@@ -79,17 +78,26 @@ def check_parameters(epsilon: float, delta: float, num_private: int) -> None:
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands with commas.
+    """Three significant digits, thousands with commas; two digits below 0.0001.
 
-    >>> number(0.021134), number(9290.7), number(2e6), number(float("inf"))
-    ('0.0211', '9,290', '2,000,000', 'infinity')
+    >>> number(0.021134), number(9290.7), number(2e6), number(2.71e-5), number(float("inf"))
+    ('0.0211', '9,290', '2,000,000', '2.7e-05', 'infinity')
     """
     if math.isinf(value):
         return "infinity"
-    if value == 0:
-        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.2g}"
     digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, digits):,.{max(0, min(digits, 8))}f}"
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+def count(value: float) -> str:
+    """A number of examples or tasks that only a formula knows: three significant digits, whole.
+
+    >>> count(30.31), count(9084.5)
+    ('30', '9,080')
+    """
+    return f"{float(f'{value:.3g}'):,.0f}" if math.isfinite(value) else "infinity"
 
 
 def times(ratio: float) -> str:
@@ -120,14 +128,14 @@ def winner(risks: Mapping[str, float], trivial: float) -> str:
     """One sentence: whose risk is smallest, and who is within ``TIE`` of it.
 
     >>> winner({"dp_deepsets": 0.021, "dp_gd": 0.52}, trivial=1.0)
-    'DP-DeepSets has the smallest risk, 0.0210.'
+    'The smallest risk, 0.0210, is that of DP-DeepSets.'
     """
     best = min(risks, key=lambda method: risks[method])
     if risks[best] > trivial / TIE:
         return f"Nobody learns much: no risk is more than 10 % below {number(trivial)}, that of no private data."
-    near = [LABELS[method] for method in risks if method != best and risks[method] <= TIE * risks[best]]
-    tied = f" ({_listing(near)} within 10 % of it)" if near else ""
-    return f"{LABELS[best]} has the smallest risk, {number(risks[best])}{tied}."
+    near = [_the(method) for method in risks if method != best and risks[method] <= TIE * risks[best]]
+    tied = f"; {_listing(near)} within 10 % of it" if near else ""
+    return f"The smallest risk, {number(risks[best])}, is that of {_the(best)}{tied}."
 
 
 def crossing(sizes: ArrayLike, ours: ArrayLike, rival: ArrayLike) -> float:
@@ -135,8 +143,8 @@ def crossing(sizes: ArrayLike, ours: ArrayLike, rival: ArrayLike) -> float:
 
     Infinity if we are ahead at the last size, 0 if we never are.
 
-    >>> crossing([10, 100, 1000], [0.1, 0.1, 0.1], [1.0, 0.2, 0.05])
-    316.2277660168379
+    >>> round(crossing([10, 100, 1000], [0.1, 0.1, 0.1], [1.0, 0.2, 0.05]))
+    316
     """
     x, lead = np.log(np.asarray(sizes, float)), np.log(np.asarray(rival, float) / np.asarray(ours, float))
     ahead = np.flatnonzero(lead > 1e-9)
@@ -157,10 +165,10 @@ def crossover_sentence(crossover: float, closed_form: float, num_private: int, f
     if crossover == 0:
         return "Tuned DP-GD is at least as good as DP-DeepSets at every n."
     side = "below" if num_private < crossover else "above"
-    closed = f" (closed form: {number(closed_form)})" if math.isfinite(closed_form) and closed_form > 0 else ""
+    closed = f" (closed form: {count(closed_form)})" if math.isfinite(closed_form) and closed_form > 0 else ""
     small = "" if crossover * delta < 1 else f" So many examples would also call for a δ smaller than {delta:g}."
     return (
-        f"Tuned DP-GD is ahead for good from n* ≈ {number(crossover)}{closed} private examples on{why}; "
+        f"Tuned DP-GD is ahead for good from n* ≈ {count(crossover)}{closed} private examples on{why}; "
         f"the n = {num_private:,} of this chapter is {side} that.{small}"
     )
 
@@ -170,9 +178,10 @@ def certificate_sentence(setting: LinearSetting, num_private: int, mu: float) ->
     upper = float(deepsets.risk_bound(setting, num_private, mu))
     lower = float(bounds.lower_bound(setting, num_private, mu))
     if bool(bounds.certified(setting, num_private, mu)):
+        given = "" if setting.subspace_error is not None else ", with η as predicted"
         first = (
-            f"The certificate holds: untuned DP-DeepSets has a risk of at most {number(upper)}, and no learner without "
-            f"public data can get below {number(lower)}."
+            f"The certificate holds{given}: untuned DP-DeepSets has a risk of at most {number(upper)}, and no learner "
+            f"without public data can get below {number(lower)}."
         )
     else:
         first = (
@@ -208,24 +217,26 @@ def half_risk_sentence(setting: LinearSetting, mu: float) -> str:
     if not (0 < ours < math.inf and 0 < theirs < math.inf):
         return "Halving the risk of public data alone takes fewer than 2 or more than 10 million private examples here."
     return (
-        f"To halve the risk of public data alone, DP-DeepSets needs about {number(ours)} private examples and tuned "
-        f"DP-GD {number(theirs)}, {times(theirs / ours)} times as many (d/k = {setting.d / setting.k:g})."
+        f"To halve the risk of public data alone, DP-DeepSets needs about {count(ours)} private examples and tuned "
+        f"DP-GD {count(theirs)}, {times(theirs / ours)} times as many (d/k = {setting.d / setting.k:g})."
     )
 
 
 def public_data_sentence(setting: LinearSetting) -> str:
     """Whether the public tasks are enough to learn the subspace at all."""
+    if setting.subspace_error is not None:
+        return f"The subspace is given, with error η = {number(setting.eta)}."
     need, have = subspace.threshold_tasks(setting), setting.num_public_tasks
-    if have <= need:
-        return (
-            f"The {have:,} public tasks are at or below the threshold of {number(need)}: they teach nothing about the "
-            "subspace, and every method that relies on it is left with the risk of no data at all."
-        )
     if need == 0:
         return "The subspace is the whole space: there is nothing for public tasks to teach."
+    if have <= need:
+        return (
+            f"The {have:,} public tasks are at or below the threshold of {count(need)}: they teach nothing about the "
+            "subspace, and every method that stays inside it is left with the risk of no private data at all."
+        )
     return (
-        f"The threshold is {number(need)} public tasks of {setting.examples_per_task} examples; the {have:,} at hand "
-        f"are {times(have / need)} times that and leave a subspace error of η = {number(setting.eta)}."
+        f"Public tasks of {setting.examples_per_task} examples start to teach something at T ≈ {count(need)}; the "
+        f"{have:,} at hand are {times(have / need)} times that and leave a subspace error of η = {number(setting.eta)}."
     )
 
 
@@ -270,7 +281,7 @@ def advice(setting: LinearSetting, risks: Mapping[str, float]) -> str:
     if setting.num_public_tasks <= need:
         best = "public_only" if risks["dp_gd"] > setting.trivial_risk / TIE else "dp_gd"
         then = "without them no private budget buys anything" if best == "public_only" else "until then use plain DP-GD"
-        return f"Collect more public tasks first, several times the threshold of {number(need)}; {then}."
+        return f"Collect more public tasks first, several times the threshold of {count(need)}; {then}."
     ours, best = risks["dp_deepsets"], min(risks, key=lambda method: risks[method])
     if min(risks.values()) > setting.trivial_risk / TIE:
         return "Do not spend the budget: at this n and ε no method improves on public data alone by more than 10 %."
@@ -288,20 +299,19 @@ def advice(setting: LinearSetting, risks: Mapping[str, float]) -> str:
     )
 
 
-def describe(setting: LinearSetting, **more: str) -> str:
-    """The parameters of a figure, for its caption.
+def describe(setting: LinearSetting, omit: Sequence[str] = (), **more: str) -> str:
+    """The parameters of a figure, for its caption, but for those that the figure varies.
 
-    >>> describe(LinearSetting(), n="1,000")
-    'd = 200, k = 5, s = 0.5, T = 2000, m = 50, γ² = 0, n = 1,000'
+    >>> describe(LinearSetting(), omit=["γ²"], n="1,000")
+    'd = 200, k = 5, s = 0.5, T = 2000, m = 50, n = 1,000'
     """
+    parts = {"d": setting.d, "k": setting.k, "s": f"{setting.noise_std:g}"}
     if setting.subspace_error is None:
-        public = f"T = {setting.num_public_tasks}, m = {setting.examples_per_task}"
+        parts |= {"T": setting.num_public_tasks, "m": setting.examples_per_task}
     else:
-        public = "known subspace" if setting.subspace_error == 0 else f"η = {setting.subspace_error:g}"
-    world = (
-        f"d = {setting.d}, k = {setting.k}, s = {setting.noise_std:g}, {public}, γ² = {setting.off_subspace_energy:g}"
-    )
-    return ", ".join([world, *(f"{name} = {value}" for name, value in more.items())])
+        parts |= {"η": f"{setting.subspace_error:g}"}
+    parts |= {"γ²": f"{setting.off_subspace_energy:g}", **more}
+    return ", ".join(f"{name} = {value}" for name, value in parts.items() if name not in omit)
 
 
 def _corollary_gaps(setting: LinearSetting, mu: float) -> list[str]:
@@ -310,6 +320,10 @@ def _corollary_gaps(setting: LinearSetting, mu: float) -> list[str]:
     need = max(math.pi * (k + 2) * (sigma / s) ** 2, 4.65 * (k * (k + 2)) ** 0.5 * sigma / s) + 1
     gaps = [f"it needs μ ≤ 1/2 and μ = {mu:.2f}"] if mu > 0.5 else []
     return gaps + ([f"it needs d ≥ {math.ceil(need)} and d = {d}"] if d < need else [])
+
+
+def _the(method: str) -> str:
+    return f"the {LABELS[method]}" if method == "hybrid" else LABELS[method]
 
 
 def _listing(words: Sequence[str]) -> str:
