@@ -112,13 +112,21 @@ def test_training_changes_nothing_else(mode):
                 assert torch.equal(value, before[1][key]) is not tuned, key
 
 
+def test_feed_forward_layers_are_tuned_when_asked_for():
+    config = DPLdmConfig(num_frozen_blocks=1, feed_forward=True)
+    names = trained_names(dp_ldm.tunable_denoiser(models()[1], config, 1, conditioner=False))
+    assert {name.split(".")[2] for name in names} == {"attn1", "ff"} and len(names) == 8 + 4
+    assert {name.split(".")[1] for name in names} == {"1"}
+
+
 # --- gradients -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["shared", "per class", "unlabelled"])
+@pytest.mark.parametrize("kind", ["shared", "per class", "unlabelled", "feed-forward"])
 def test_per_example_gradients_are_those_of_one_example_at_a_time(kind):
     classes = 3 if kind == "shared" else 1
-    model = dp_ldm.tunable_denoiser(models()[1], DPLdmConfig(), classes, conditioner=kind != "unlabelled")
+    config = DPLdmConfig(feed_forward=kind == "feed-forward")
+    model = dp_ldm.tunable_denoiser(models()[1], config, classes, conditioner=kind != "unlabelled")
     labels = LABELS if kind == "shared" else None
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     latents = latent_diffusion.encode(models()[0], images(), SCALE)
@@ -127,7 +135,7 @@ def test_per_example_gradients_are_those_of_one_example_at_a_time(kind):
         own = None if labels is None else labels[i : i + 1]
         rows.append(torch.autograd.grad(fixed_loss(model, latents[i : i + 1], labels=own).sum(), parameters.values()))
     dp_sgd.ExampleGradients(model, fixed_loss).backward(latents, labels, torch.Generator())
-    assert len(parameters) == 16 + 2 * (kind != "unlabelled")
+    assert len(parameters) == 16 + 2 * (kind != "unlabelled") + 8 * config.feed_forward
     for (name, p), expected in zip(parameters.items(), zip(*rows, strict=True), strict=True):
         oracle = torch.stack(expected)
         assert p.grad_sample.shape == (6, *p.shape)

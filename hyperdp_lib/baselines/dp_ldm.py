@@ -1,6 +1,6 @@
 """The rival: the attention modules of a public latent diffusion model, tuned on the private images by DP-SGD.
 
-DP-LDM (Liu, Lyu, Vinaroz & Park 2023, arXiv 2305.15759). A KL autoencoder and a denoiser of its latents are trained
+DP-LDM (Liu, Lyu, Vinaroz & Park 2024, arXiv 2305.15759). A KL autoencoder and a denoiser of its latents are trained
 on public data (`hyperdp_lib.baselines.latent_diffusion`). Private images are encoded by the frozen autoencoder, and of
 the denoiser only the attention modules, and with labels the class conditioner, are tuned by DP-SGD
 (`hyperdp_lib.baselines.dp_training`). Written from the paper.
@@ -45,10 +45,14 @@ class DPLdmConfig(TrainConfig):
     mode : {"shared", "per_class"}
     num_frozen_blocks : int
         The first so many attention modules stay as they are.
+    feed_forward : bool
+        Count the feed-forward layers of a transformer block as part of its attention module, like the "spatial
+        transformers" of the original's U-Net, which are tuned as a whole.
     """
 
     mode: str = "shared"
     num_frozen_blocks: int = 0
+    feed_forward: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,6 +258,7 @@ def tunable_denoiser(denoiser: nn.Module, config: DPLdmConfig, num_classes: int,
     model: Any = copy.deepcopy(denoiser).requires_grad_(False)
     for block in model.transformer_blocks[config.num_frozen_blocks :]:
         block.attn1.requires_grad_(True)
+        block.ff.requires_grad_(config.feed_forward)
     for embedding in _label_embeddings(model):
         rows = embedding.embedding_table.weight.detach()[-1:].repeat(num_classes, 1)
         embedding.embedding_table = nn.Embedding.from_pretrained(rows, freeze=not conditioner)
