@@ -14,7 +14,7 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.theory import deepsets, rivals
 from hyperdp_lib.theory.setting import LinearSetting, gdp_mu
 
-QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DELTA = 1e-5
 
 WORLDS = st.builds(
@@ -373,9 +373,7 @@ def test_deepsets_is_one_projected_step():
         assert one == pytest.approx(deepsets.risk(world, n, mu, clip), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "world", [LinearSetting(), LinearSetting(k=1), LinearSetting(d=12, k=12), LinearSetting(noise_std=0.1, k=3)]
-)
+@pytest.mark.parametrize("world", [LinearSetting(), LinearSetting(d=12, k=12), LinearSetting(noise_std=0.1, k=1)])
 def test_tuned_risks_are_those_of_their_tuning(world):
     n, mu = np.array([[50], [1000], [20000]]), np.array([0.1, 1.0, np.inf])
     gd, projected = rivals.dp_gd(world, n, mu), rivals.projected_dp_gd(world, n, mu)

@@ -379,7 +379,7 @@ def projected_dp_gd(setting: LinearSetting, num_private: ArrayLike, mu: ArrayLik
         deepsets.decoder_scale(setting, n, m, clip).ravel(),
         clip.ravel().astype(float),
     )
-    able = np.flatnonzero((m.ravel() > 0) & (setting.captured_energy > 0))
+    able = np.flatnonzero((m.ravel() > 0) & (setting.captured_energy > 1e-60 * setting.label_variance))
     count = len(_PROJECTED_CLIPS) * len(_PROJECTED_STEP_SIZES)
     for part in _chunks(able, count):
         _search_projected(setting, n.ravel()[part], m.ravel()[part], flat, part)
