@@ -18,7 +18,6 @@ The release is the method's: one noisy sum. Nothing is trained on private images
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -228,13 +227,11 @@ class MixedAdapters:
         self, num_images: int, *, generator: torch.Generator, num_steps: int = 20, batch_size: int = 500
     ) -> tuple[Tensor, Tensor]:
         """Images ``(num_images, C, H, W)`` in [-1, 1] and their labels, as many of each class, sorted."""
-        classes = len(self.class_names)
-        if num_images < 1 or num_images % classes:
-            raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
+        labels = decoders.shares(num_images, self.class_names)
         drawn = diffusion.sample(
             self.model, self.adapter, num_images, generator=generator, num_steps=num_steps, batch_size=batch_size
         )
-        return drawn, torch.arange(classes).repeat_interleave(num_images // classes)
+        return drawn, labels
 
 
 @torch.no_grad()
@@ -344,7 +341,7 @@ def train_adapter_mixture(out: Path, *, smoke: bool = False, stage: StageConfig 
     held_out = decoders.HeldOut.draw(preset, hypernetwork.encoder, GlyphTasks(preset.glyphs, "held_out"))
     loop = decoders.train_decoder(
         "adapter_mixture",
-        [(mixture, 1.0)],
+        [(mixture.a, 1.0), (mixture.b, 1.0), (mixture.gate, 0.3), (mixture.correction, 0.3)],
         task_loss(mixture),
         hypernetwork.encoder,
         source,
@@ -375,12 +372,7 @@ def train_adapter_mixture(out: Path, *, smoke: bool = False, stage: StageConfig 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or go on training, the mixture."""
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.baselines.adapter_mixture")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
-    options = parser.parse_args(arguments)
-    print(train_adapter_mixture(options.out, smoke=options.smoke))
-    return 0
+    return decoders.command("adapter_mixture", train_adapter_mixture, arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ losses can be compared (`train_decoder`). What a decoder makes of the sum costs 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -254,6 +255,24 @@ def smoke_preset() -> Preset:
         PRESETS["glyphs"], glyphs=GlyphConfig(num_strokes=200), joint_stage=joint, pool_tasks=16, pool_images=12,
         fresh_tasks=4,
     )  # fmt: skip
+
+
+def command(module: str, train: Callable[..., Path], arguments: Sequence[str] | None) -> int:
+    """The command line of a decoder's public training."""
+    parser = argparse.ArgumentParser(prog=f"python -m hyperdp_lib.baselines.{module}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
+    options = parser.parse_args(arguments)
+    print(train(options.out, smoke=options.smoke))
+    return 0
+
+
+def shares(num_images: int, class_names: Sequence[str]) -> Tensor:
+    """Labels ``(num_images,)`` of samples: as many of each class, sorted."""
+    classes = len(class_names)
+    if num_images < 1 or num_images % classes:
+        raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
+    return torch.arange(classes).repeat_interleave(num_images // classes)
 
 
 def write_half(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,6 @@ this module to run: it is no stock diffusers model with a PEFT folder beside it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -218,10 +217,7 @@ class DirectlyConditioned:
         self, num_images: int, *, generator: torch.Generator, num_steps: int = 20, batch_size: int = 500
     ) -> tuple[Tensor, Tensor]:
         """Images ``(num_images, C, H, W)`` in [-1, 1] and their labels, as many of each class, sorted."""
-        classes = len(self.class_names)
-        if num_images < 1 or num_images % classes:
-            raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
-        labels = torch.arange(classes).repeat_interleave(num_images // classes)
+        labels = decoders.shares(num_images, self.class_names)
         drawn = diffusion.sample(
             self.model, None, num_images, generator=generator, num_steps=num_steps, batch_size=batch_size,
             class_labels=labels,
@@ -350,12 +346,7 @@ def train_direct_conditioning(out: Path, *, smoke: bool = False, stage: StageCon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or go on training, the decoder."""
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.baselines.direct_conditioning")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
-    options = parser.parse_args(arguments)
-    print(train_direct_conditioning(options.out, smoke=options.smoke))
-    return 0
+    return decoders.command("direct_conditioning", train_direct_conditioning, arguments)
 
 
 if __name__ == "__main__":
