@@ -183,8 +183,9 @@ def _drawing(axes: _Axes, frame: dict, methods: Sequence[str], trivial: float, n
     ]
     for power in range(math.ceil(axes.x[0] / math.log(10)), math.floor(axes.x[1] / math.log(10)) + 1):
         at = axes.across(10.0**power)
+        anchor = "end" if at > right - 20 else "middle"  # the last number stays inside the drawing
         svg += [f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{base}" stroke="currentColor" opacity="0.12"/>',
-                f'<text x="{at:.1f}" y="{base + 18}" text-anchor="middle">{10**power:,}</text>']  # fmt: skip
+                f'<text x="{at:.1f}" y="{base + 18}" text-anchor="{anchor}">{10**power:,}</text>']  # fmt: skip
     for power in range(math.ceil(axes.y[0] / math.log(10)), math.floor(axes.y[1] / math.log(10)) + 1):
         at = axes.down(10.0**power)
         svg += [f'<line x1="{_LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}" stroke="currentColor" opacity="0.12"/>',
