@@ -29,13 +29,21 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int 
     return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
 
 
-def learned_networks(folder: str | Path) -> str:
-    """Markdown table of ``learned.json``: what training reached, beside the closed form."""
+def learned_networks(folder: str | Path, *, elsewhere: bool = False) -> str:
+    """Markdown table of ``learned.json``: what training reached, beside the closed form.
+
+    Only where each network was trained; ``elsewhere``: only at other budgets and sizes, or within a range.
+    """
     path = Path(folder) / "learned.json"
     if not path.is_file():
         return missing(path, "python -m hyperdp_lib.theory.learned --out book/results/theory/learned.json")
     document = json.loads(path.read_text(encoding="utf-8"))
-    rows = [_learned_row(row, line) for row in document["rows"].values() for line in row["summary"]]
+    rows = [
+        _learned_row(row, line)
+        for row in document["rows"].values()
+        for line in row["summary"]
+        if elsewhere != (_trained_for(row) == (line["epsilon"], line["num_private"]))
+    ]
     header = ["encoder", "public tasks", "d, k", "k'", "trained for", "ε", "n", "learned risk", "Theorem 1, known U",
               "Theorem 1, learned V", "ratio"]  # fmt: skip
     return markdown(header, rows, left=2)
@@ -65,6 +73,10 @@ def _learned_row(row: dict[str, Any], line: dict[str, Any]) -> list[str]:
         "–" if eigenvectors is None else number(eigenvectors),
         f"{line['ratio']:.2f}",
     ]
+
+
+def _trained_for(row: dict[str, Any]) -> tuple[Any, Any]:
+    return row["settings"]["epsilon"], row["settings"]["num_private"]
 
 
 def _span(value: float | list[float]) -> str:
