@@ -127,8 +127,9 @@ def split_budget(
         if rate == 1:
             sgd_epsilon = accounting.epsilon(multiplier / math.sqrt(num_steps), delta)
         else:
-            sgd_epsilon = accounting.dp_sgd_epsilon(multiplier, delta, rate, num_steps, eps_error=0.01 * epsilon)
-    while True:  # at most a few rounds: DP-SGD's own calibration may differ from ours in the last digits
+            # the stricter of two accountants then turns it into a little more noise than `multiplier`
+            sgd_epsilon = accounting.pld_epsilon([(multiplier, rate, num_steps)], delta)
+    while True:  # one round as a rule: DP-SGD's own calibration may differ from ours in the last digits
         split = BudgetSplit(sum_epsilon, sum_delta, sgd_epsilon, sgd_delta)
         plan = dp_sgd.privacy_plan(sgd_epsilon, sgd_delta, neighboring_relation, **sizes)
         if ledger.ledger_epsilon(split.charges(plan), delta, neighboring_relation) <= epsilon:
@@ -139,18 +140,22 @@ def split_budget(
 def _sgd_multiplier(
     epsilon: float, delta: float, whole: float, share: float, sample_rate: float, num_steps: int
 ) -> float:
-    """The least noise multiplier of DP-SGD, up to 0.1 %, that fits beside a noisy sum of ``whole / sqrt(share)``."""
+    """The least noise multiplier of DP-SGD, up to 0.2 %, that fits beside a noisy sum of ``whole / sqrt(share)``."""
 
     def fits(multiplier: float) -> bool:
         parts = [(whole / math.sqrt(share), 1.0, 1), (multiplier, sample_rate, num_steps)]
         return accounting.pld_epsilon(parts, delta) <= epsilon
 
-    # without sampling DP-SGD needs the most noise: an upper bound, but for the accountant's rounding
+    # exact without sampling, which needs the most noise: an upper bound, but for the accountant's rounding
     high = whole / math.sqrt(1 - share) * math.sqrt(num_steps)
     while not fits(high):
-        high *= 1.01
-    low = 0.02 if sample_rate < 1 else high / 1.02  # below 0.02 the accountants state nothing
-    while high > 1.001 * low:
+        high *= 1.0005
+    if sample_rate == 1:
+        return high
+    low = 0.8 * high
+    while low > 0.02 and fits(low):  # below 0.02 the accountants state nothing
+        high, low = low, 0.8 * low
+    while high > 1.002 * low:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
