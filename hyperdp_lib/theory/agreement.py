@@ -667,13 +667,19 @@ def load(folder: str | Path = FOLDER) -> dict[str, dict]:
 
 
 def table(folder: str | Path = FOLDER) -> pd.DataFrame:
-    """One row for each comparison that was run: title, accepted ratios, and its `summary`."""
+    """One row for each comparison that was run: title, accepted ratios, and its `summary`.
+
+    ``max_abs_z`` is kept for exact statements only: elsewhere it grows with the repetitions and means nothing.
+    """
     import pandas as pd
 
     rows = []
     for content in load(folder).values():
         limits = content["tolerance"]
-        rows.append({"title": content["title"], "tolerance": _words(limits), **content["summary"]})
+        row = {"title": content["title"], "tolerance": _words(limits), **content["summary"]}
+        if limits["low"] != limits["high"]:
+            row["max_abs_z"] = math.nan
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -723,10 +729,11 @@ def _plain(value: float) -> float | int | None:
 def _lines(contents: Mapping[str, dict]) -> Iterator[str]:
     yield "comparison                 points ratio: median   least  largest  max |z|  outside"
     for name, content in contents.items():
-        s = content["summary"]
+        s, limits = content["summary"], content["tolerance"]
+        z = f"{s['max_abs_z']:.1f}" if limits["low"] == limits["high"] else "-"
         yield (
             f"{name:26} {s['points']:6} {s['median_ratio']:13.4f} {s['min_ratio']:7.3f} {s['max_ratio']:8.3f} "
-            f"{s['max_abs_z']:8.1f} {s['outside']:8}"
+            f"{z:>8} {s['outside']:8}"
         )
 
 
