@@ -23,6 +23,7 @@ The modules, in the order in which to read them:
 `release`           the one composition of all of the above
 `evaluation`        research metrics, not differentially private
 `baselines`         DP-SGD LoRA and the controls
+`theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
 `tuning`            settings of the comparison, found on public stand-ins
 `records`           result records with provenance
@@ -67,6 +68,7 @@ __all__ = [
     "release",
     "report",
     "strict_json",
+    "theory",
     "training",
     "tuning",
     "verification",
