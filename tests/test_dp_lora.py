@@ -56,9 +56,7 @@ def _awake(model):
     return model
 
 
-UNET_LAYERS = (
-    r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)"
-)
+UNET_LAYERS = r".*(to_q|to_k|to_v|to_out\.0|conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)"
 
 
 def fixed_loss(model, images, *, generator=None, labels=None):
@@ -131,6 +129,21 @@ def test_without_the_contiguity_workaround_opacus_is_wrong_on_the_unet(monkeypat
     assert max(errors) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_per_example_gradients_of_biases(kind):
+    """But of keys' biases, whose true gradient is zero: softmax does not change when all scores shift."""
+    base, layers = (tiny_unet(), UNET_LAYERS) if kind == "unet" else (tiny_dit(), dp_lora.ALL_BLOCK_LAYERS)
+    model = dp_lora.lora_model(base, DPLoraConfig(r=2, target_modules=layers, train_bias=True))
+    with torch.no_grad():
+        for index, p in enumerate(model.parameters):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
+    names = [name for name, p in model.model.named_parameters() if p.requires_grad]
+    errors = dict(zip(names, relative_errors(model, None), strict=True))
+    biases = {name: error for name, error in errors.items() if name.endswith("bias")}
+    assert len(biases) >= 10
+    assert max(error for name, error in errors.items() if not name.endswith("to_k.base_layer.bias")) < 1e-4
+
+
 def test_noise_draws_are_averaged_before_clipping():
     model, _ = trainee("dit")
     batch, draws = images(4), 3
@@ -145,9 +158,7 @@ def test_noise_draws_are_averaged_before_clipping():
 
 
 def plan(**changes):
-    fields = dict(
-        noise_std=0.0, sample_rate=1.0, num_steps=1, declared_size=6.0, sensitivity=1.0, accountant="test"
-    )
+    fields = dict(noise_std=0.0, sample_rate=1.0, num_steps=1, declared_size=6.0, sensitivity=1.0, accountant="test")
     return dp_sgd.PrivacyPlan(**{**fields, **changes})
 
 
@@ -282,6 +293,60 @@ def test_non_private_training_learns_and_samples(mode):
         result.sample(7, generator=torch.Generator())
 
 
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_trained_biases_of_a_class_are_sampled_and_saved(kind, tmp_path):
+    """What `sample` computes for a class is what its merged, saved and reloaded model computes."""
+    base, layers = (tiny_unet(), UNET_LAYERS) if kind == "unet" else (tiny_dit(), dp_lora.ALL_BLOCK_LAYERS)
+    config = DPLoraConfig(r=2, target_modules=layers, train_bias=True, num_steps=3, learning_rate=0.1)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    result = train(base, images(), labels, config, seed=0)
+    base.eval()
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert len(result.bias_changes) >= 10 and all(c.abs().max() > 0.01 for c in result.bias_changes.values())
+    assert result.trained_parameters == result.adapter.num_parameters + sum(
+        change.numel() for change in result.bias_changes.values()
+    )
+    order = labels.argsort(stable=True)
+    with torch.no_grad(), dp_lora.biases_changed(base, result.bias_changes), apply_adapters(base, result.adapter):
+        together = fixed_loss(base, images()[order])
+    for index in range(3):
+        result.merged(index).save_pretrained(tmp_path / str(index))
+        alone = type(base).from_pretrained(tmp_path / str(index)).eval()
+        with torch.no_grad():
+            expected = fixed_loss(alone, images()[labels == index])
+        torch.testing.assert_close(together[2 * index : 2 * index + 2], expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), apply_adapters(base, result.adapter):
+        assert not torch.allclose(fixed_loss(base, images()[order]), together, rtol=1e-3)  # biases are off again
+    if kind == "dit":
+        with_biases, _ = result.sample(6, generator=torch.Generator().manual_seed(0), num_steps=2)
+        bare = dataclasses.replace(result, bias_changes={})
+        without, _ = bare.sample(6, generator=torch.Generator().manual_seed(0), num_steps=2)
+        assert not torch.allclose(with_biases, without, atol=1e-3)
+
+
+def test_biases_change_nothing_before_training_and_are_trained_in_shared_mode():
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    still = DPLoraConfig(r=2, train_bias=True, num_steps=1, learning_rate=1e-12, ema_decay=0.0)
+    result = train(tiny_dit(), images(), labels, still, seed=0)
+    assert all(c.abs().max() < 1e-6 for c in result.bias_changes.values())
+    config = DPLoraConfig.as_published(r=2, num_steps=2)
+    assert (config.lora_alpha, config.mode, config.target_modules) == (2, "shared", dp_lora.ATTENTION)
+    base = tiny_dit()
+    shared = train(base, images(), labels, config, seed=0)
+    name = "transformer_blocks.0.attn1.to_q.bias"
+    assert shared.merged() is shared.model and shared.bias_changes == {}
+    assert not torch.equal(shared.model.state_dict()[name], base.state_dict()[name])
+    assert shared.num_releases == 2
+
+
+def test_adapters_of_a_seed_are_as_they_were():
+    """Adapters trained before biases could be: the sum of all factors, recorded then."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    adapter = train(tiny_dit(), images(), labels, DPLoraConfig(r=2, num_steps=3, noise_draws=2), seed=7).adapter
+    assert float(sum(f.double().abs().sum() for f in adapter.parameters())) == pytest.approx(296.01312, rel=1e-5)
+
+
 def test_shared_model_is_a_plain_diffusers_model(tmp_path):
     config, labels = DPLoraConfig(mode="shared", r=2, num_steps=2), torch.tensor([0, 1, 2, 0, 1, 2])
     model = train(tiny_dit(), images(), labels, config, seed=0).model
@@ -400,6 +465,8 @@ def test_bad_images_labels_and_settings():
     config = DPLoraConfig(num_steps=1)
     with pytest.raises(InputError, match="NaN"):
         train(tiny_dit(), images() * math.nan, None, config, class_names=("a",))
+    with pytest.raises(InputError, match=r"shape \(N, 1, 16, 16\)"):
+        train(tiny_dit(), torch.zeros(6, 3, 16, 16), None, config, class_names=("a",))
     with pytest.raises(InputError, match="differ in length"):
         train(tiny_dit(), images(), torch.zeros(5, dtype=torch.long), config)
     with pytest.raises(InputError, match="no private_labels"):
