@@ -67,7 +67,7 @@ class LatentPreset:
     unlabelled: float = 0.2
     cluster_tasks: int = 4000
     autoencoder_stage: StageConfig = StageConfig(2000, 32, 2, 2e-3)
-    denoiser_stage: StageConfig = StageConfig(2400, 32, 8, 1.5e-3)
+    denoiser_stage: StageConfig = StageConfig(2000, 32, 8, 1.5e-3)
     seed: int = 0
 
 
@@ -341,7 +341,7 @@ rival DP-LDM. Public data only.
   0 .. {preset["pseudo_labels"] - 1} are clusters of public tasks, {preset["pseudo_labels"]} is no label.
 - **Limits.** Made for single drawn characters and simple drawings, 16 x 16, white on black. Half precision.
 
-| stage | steps | time | last log line |
+| stage | steps | wall time, shared machine | last log line |
 |---|---|---|---|
 {stages}
 
