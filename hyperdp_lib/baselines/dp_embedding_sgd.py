@@ -254,7 +254,7 @@ class Decoder:
         return self.hypernetwork(count * means, count * noise, names)
 
     def losses(
-        self, model: nn.Module, private_images: Tensor, *, generator: torch.Generator, labels: Tensor | None = None
+        self, model: nn.Module, private_images: Tensor, *, generator: torch.Generator, **no_labels: None
     ) -> Tensor:
         """Loss ``(N,)`` of each image under the one adapter of the trainee `model`: a `LossFunction`."""
         return self.under(model()[None], private_images, generator)
