@@ -167,8 +167,14 @@ def released_sum(config=STEP, **arguments):
     sums = []
     for denoiser in trained.denoisers:
         after = dict(denoiser.named_parameters())
-        moves = [p.detach() - after[name].detach()[: len(p)] for name, p in start.named_parameters() if p.requires_grad]
-        sums.append(torch.cat([m.flatten() for m in moves]).double() * trained.plan.denominator)
+        moves = []
+        for name, p in start.named_parameters():
+            if name.endswith("shift.weight"):  # tuned in units of the gain, from the public row on
+                rows = after[name.replace("shift.", "")]
+                moves.append((rows[-1:] - rows[:-1]).flatten() / config.conditioner_gain)
+            elif p.requires_grad:
+                moves.append((p - after[name]).detach().flatten())
+        sums.append(torch.cat(moves).double() * trained.plan.denominator)
     return torch.stack(sums), certificate
 
 
@@ -200,12 +206,12 @@ def test_one_example_moves_a_step_by_at_most_the_clip_norm(plain_descent, mode):
     respects_the_clip_norm(mode)
 
 
-def test_a_scale_factor_from_private_images_is_caught(plain_descent, monkeypatch):
-    """The mutant: latents scaled by the private images' own statistics, as LDM's first batch does."""
+def test_latents_scaled_by_private_statistics_are_caught(plain_descent, monkeypatch):
+    """The mutant: one example changes the latents of all, as LDM's scale factor from its first batch would."""
 
     def with_batch_statistics(autoencoder, private_images, scale):
         latents = latent_diffusion.encode(autoencoder, private_images, 1.0)
-        return 10 * latents / latents.abs().amax()
+        return (latents - latents.mean(0)) / latents.std(0)
 
     monkeypatch.setattr(dp_ldm, "encode", with_batch_statistics)
     with pytest.raises(AssertionError):
@@ -419,7 +425,15 @@ def test_public_faults_are_found_without_looking_at_private_values():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mode": "both"}, {"num_frozen_blocks": -1}, {"clip_norm": 0.0}, {"ema_decay": 1.0}, {"num_steps": 0}]
+    "wrong",
+    [
+        {"mode": "both"},
+        {"num_frozen_blocks": -1},
+        {"conditioner_gain": 0.0},
+        {"clip_norm": 0.0},
+        {"ema_decay": 1.0},
+        {"num_steps": 0},
+    ],
 )
 def test_bad_settings(wrong):
     with pytest.raises(InputError):

@@ -48,11 +48,16 @@ class DPLdmConfig(TrainConfig):
     feed_forward : bool
         Count the feed-forward layers of a transformer block as part of its attention module, like the "spatial
         transformers" of the original's U-Net, which are tuned as a whole.
+    conditioner_gain : float
+        Unit in which the conditioner's rows are tuned. Rows of different labels are about 1 apart in each coordinate,
+        where weights of attention differ by a hundredth: with 1, clipping and one learning rate for all would leave
+        the rows where they start.
     """
 
     mode: str = "shared"
     num_frozen_blocks: int = 0
     feed_forward: bool = False
+    conditioner_gain: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +65,8 @@ class DPLdmConfig(TrainConfig):
             raise InputError(f"mode must be 'per_class' or 'shared', got {self.mode!r}.")
         if self.num_frozen_blocks < 0:
             raise InputError(f"num_frozen_blocks must be at least 0, got {self.num_frozen_blocks}.")
+        if not 0 < self.conditioner_gain < math.inf:
+            raise InputError(f"conditioner_gain must be positive, got {self.conditioner_gain}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +200,7 @@ def train_dp_ldm(
     )
     private = run.plan.noise_std > 0
     trained = DPLdm(
-        denoisers=tuple(_with_public_row(trainee, denoiser) for trainee in run.trainees),
+        denoisers=tuple(_plain(trainee) for trainee in run.trainees),
         autoencoder=autoencoder,
         scale=scale,
         class_names=names,
@@ -250,6 +257,20 @@ def _check_request(
         )
 
 
+class ConditionerRows(nn.Module):
+    """Rows of private classes: the public row of "no label" plus ``gain`` times what is tuned."""
+
+    def __init__(self, public_row: Tensor, num_classes: int, gain: float, *, tuned: bool) -> None:
+        super().__init__()
+        self.register_buffer("public_row", public_row)
+        self.gain = gain
+        self.shift = nn.Embedding.from_pretrained(public_row.new_zeros(num_classes, len(public_row)), freeze=not tuned)
+
+    def forward(self, classes: Tensor) -> Tensor:
+        """Rows (N, D) of labels (N,)."""
+        return self.public_row + self.gain * self.shift(classes)
+
+
 def tunable_denoiser(denoiser: nn.Module, config: DPLdmConfig, num_classes: int, *, conditioner: bool) -> nn.Module:
     """A copy ready for per-example gradients: attention modules, perhaps the conditioner, and nothing else trained.
 
@@ -260,18 +281,20 @@ def tunable_denoiser(denoiser: nn.Module, config: DPLdmConfig, num_classes: int,
         block.attn1.requires_grad_(True)
         block.ff.requires_grad_(config.feed_forward)
     for embedding in _label_embeddings(model):
-        rows = embedding.embedding_table.weight.detach()[-1:].repeat(num_classes, 1)
-        embedding.embedding_table = nn.Embedding.from_pretrained(rows, freeze=not conditioner)
+        public_row = embedding.embedding_table.weight.detach()[-1].clone()
+        embedding.embedding_table = ConditionerRows(public_row, num_classes, config.conditioner_gain, tuned=conditioner)
         embedding.num_classes = num_classes
     return dp_training.trainable(model)
 
 
-def _with_public_row(trainee: Any, denoiser: nn.Module) -> nn.Module:
-    """The trainee as a diffusers model that can be saved and read: its conditioner has the row of "no label" again."""
-    for embedding, public in zip(_label_embeddings(trainee), _label_embeddings(denoiser), strict=True):
-        trained, none = embedding.embedding_table.weight.detach(), public.embedding_table.weight.detach()[-1:]
-        embedding.embedding_table = nn.Embedding.from_pretrained(torch.cat([trained, none]))
-        trainee.register_to_config(num_embeds_ada_norm=len(trained))
+def _plain(trainee: Any) -> nn.Module:
+    """The trainee as a diffusers model that can be saved and read: an ordinary table, its last row "no label" again."""
+    for embedding in _label_embeddings(trainee):
+        table = embedding.embedding_table
+        with torch.no_grad():
+            rows = table(torch.arange(embedding.num_classes, device=table.public_row.device))
+        embedding.embedding_table = nn.Embedding.from_pretrained(torch.cat([rows, table.public_row[None]]))
+        trainee.register_to_config(num_embeds_ada_norm=embedding.num_classes)
     return trainee.eval().requires_grad_(False)
 
 
