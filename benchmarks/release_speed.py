@@ -79,7 +79,7 @@ def time_dp_lora(
     private: ImageSet, base_model: Any, settings: Any, epsilon: float, fraction: float
 ) -> dict[str, Any]:
     """Training seconds of DP-SGD LoRA; with a fraction below 1 from that part of the steps, scaled up linearly."""
-    config = settings.dp_lora_for(epsilon)
+    config = settings.config("dp_lora", epsilon)
     timed_steps = max(1, round(fraction * config.num_steps))
     trained, _ = train_dp_lora(
         private.images,

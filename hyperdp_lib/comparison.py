@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from hyperdp_lib import artefacts, data, evaluation, records
 from hyperdp_lib.baselines import controls
-from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for
+from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.records import Record
 
@@ -46,6 +46,7 @@ def compare(
     tasks: controls.PublicTasks | None = None,
     lookalikes: bool = False,
     settings: Settings | None = None,
+    public_models: Callable[[str], tuple[Any, ...]] | None = None,
     pair: str | None = None,
     device: str = "cpu",
     command: str | None = None,
@@ -76,6 +77,8 @@ def compare(
         gives an advantage to the control alone; the pair's name says which.
     settings : Settings, optional
         Default: those that ship with the hypernetwork, else `Settings()`.
+    public_models : callable, optional
+        See `methods.Bench`; default the rivals' models that ship with the library.
 
     Returns
     -------
@@ -110,11 +113,13 @@ def compare(
         for method in chosen
         for epsilon in (*(budgets if METHODS[method].private else ()), *METHODS[method].also)
     ]
+    bank = bank_source(tasks, network, settings or found, lookalikes)
     bench = Bench(
         base_model=base_model,
         hypernetwork=network,
         feature_network=features,
-        bank=bank_source(tasks, network, settings or found, lookalikes),
+        bank=bank,
+        public_models=public_models or public_models_source(base_model, network, lambda: public_images(bank()), device),
         private_train=train,
         private_test=test,
         private_reference=train,
@@ -262,6 +267,12 @@ def bank_source(
         )
 
     return bank
+
+
+def public_images(bank: controls.PublicBank, count: int = 1000) -> Tensor:
+    """``count`` images of the bank, of as many tasks as possible: ``(count, C, H, W)`` in [-1, 1]."""
+    each = -(-count // len(bank))
+    return data.from_levels(bank.pixels[:, :each].flatten(0, 1)[:count])
 
 
 def _require_same(path: Path, fixed: Mapping[str, Any], bench: Bench) -> None:

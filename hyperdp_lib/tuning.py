@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from hyperdp_lib import comparison, records
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
-from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, plain_config
+from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
 
 
@@ -89,23 +90,44 @@ def dp_lora_candidates(count: int, *, batch: float, seed: int = 0) -> list[DPLor
     return found
 
 
-def candidates_for(method: str, start: Settings, count: int, epsilon: float, batch: float) -> list[Settings]:
-    """``count`` settings to try for a method, what is in use first.
+# What the random search draws from, besides the configuration in use. ``batch_share`` is the expected batch size over
+# the declared number of images that a trainee sees (1: full batches).
+SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "lora_non_private": {
+        "r": (4, 8, 16), "learning_rate": (2e-3, 5e-3, 1e-2), "num_steps": (150, 300),
+    },
+    "dp_ldm": {
+        "mode": ("per_class", "shared"), "num_frozen_blocks": (0, 1), "feed_forward": (False, True),
+        "learning_rate": (3e-3, 1e-2, 3e-2), "clip_norm": (0.01, 0.1), "num_steps": (20, 40, 80), "noise_draws": (4, 8),
+        "batch_share": (0.25, 1.0),
+    },
+    "dp_mepf": {
+        "beta": (0.0, 0.5), "num_steps": (150, 400, 800), "learning_rate": (1e-3, 3e-3, 1e-2), "width": (16, 32),
+    },
+    "dp_embedding_sgd": {
+        "learning_rate": (0.01, 0.03, 0.1), "clip_norm": (0.03, 0.3, 3.0), "num_steps": (10, 30, 60),
+        "noise_draws": (2, 8), "told_noise": (0.005, 0.02, 0.05), "batch_share": (0.25, 1.0),
+    },
+    "dp_hybrid": {
+        "share": (0.1, 0.3, 0.5, 0.8), "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "clip_norm": (0.01, 0.1),
+        "num_steps": (10, 20, 40), "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
+    },
+    "direct_conditioning": {"guidance": (0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)},
+    "adapter_mixture": {"hard": (True,)},
+}  # fmt: skip
 
-    Ours and retrieval have one knob each (denoising steps; data sets retrieved), so fewer than ``count`` may
-    come.
+
+KNOBS = {"dp_deepsets": "sampling_steps", "nearest_public": "num_nearest"}
+TUNED = ("dp_deepsets", "nearest_public", "dp_lora", *SEARCH)
+
+
+def candidates_for(method: str, start: Settings, count: int, epsilon: float, batch: float) -> list[Settings]:
+    """``count`` settings to try for a method, what is in use first; fewer only if it has no more to choose from.
+
+    ``batch`` is the declared number of images of one class.
     """
     if method == "dp_lora":
-        return [
-            dataclasses.replace(start, dp_lora={epsilon: c}) for c in dp_lora_candidates(count, batch=batch)
-        ]
-    if method == "lora_non_private":
-        grid = [(r, lr, steps) for steps in (150, 300) for lr in (5e-3, 2e-3, 1e-2) for r in (8, 4, 16)]
-        made = [
-            dataclasses.replace(start.lora_non_private, r=r, lora_alpha=r, learning_rate=lr, num_steps=steps)
-            for r, lr, steps in grid
-        ]
-        return [dataclasses.replace(start, lora_non_private=config) for config in made[:count]]
+        return [start.with_config(method, epsilon, c) for c in dp_lora_candidates(count, batch=batch)]
     if method == "nearest_public":
         return [
             dataclasses.replace(start, num_nearest=m)
@@ -114,7 +136,24 @@ def candidates_for(method: str, start: Settings, count: int, epsilon: float, bat
     if method == "dp_deepsets":
         steps = (20, 10, 40, 15, 30, 60, 5, 80, 25, 50, 8, 100)
         return [dataclasses.replace(start, sampling_steps=n) for n in steps[:count]]
-    raise InputError(f"{method!r} has nothing to tune.")
+    if method not in SEARCH:
+        raise InputError(f"{method!r} has nothing to tune.")
+    present = start.config(method, epsilon)
+    choices = [dict(zip(SEARCH[method], values, strict=True)) for values in itertools.product(*SEARCH[method].values())]
+    found = [present]
+    for index in np.random.default_rng(list(method.encode())).permutation(len(choices)):
+        if len(found) == count:
+            break
+        chosen = dict(choices[index])
+        share = chosen.pop("batch_share", None)
+        if share is not None:
+            chosen["expected_batch_size"] = math.inf if share == 1.0 else share * batch
+        if "r" in chosen:
+            chosen["lora_alpha"] = chosen["r"]
+        config = dataclasses.replace(present, **chosen)
+        if config not in found:
+            found.append(config)
+    return [start.with_config(method, epsilon, config) for config in found]
 
 
 def tune(
@@ -215,13 +254,12 @@ def _trial(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tune every method of the comparison for the embedded default."""
+    """Tune every method of the comparison for the embedded default, all by the same number of trials."""
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.tuning", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and the trials")
+    parser.add_argument("--methods", nargs="+", default=list(TUNED), choices=TUNED, metavar="METHOD", help="default all")
     parser.add_argument("--hypernetwork", default="glyphs", help="default: glyphs")
-    parser.add_argument(
-        "--epsilon", type=float, nargs="+", default=[1.0], help="budgets for DP-SGD; default: 1"
-    )
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0], help="budgets; default: 1 10")
     parser.add_argument("--num-private", type=int, default=1440, help="declared size; default: 1440")
     parser.add_argument("--num-classes", type=int, default=10, help="default: 10")
     parser.add_argument("--trials", type=int, default=12, help="candidates for each method; default: 12")
@@ -238,9 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = start.num_images
     start = dataclasses.replace(start, num_images=options.num_images)
     nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
-    bench = Bench(base_model, network, features, comparison.bank_source(None, network, start), nothing,
-    nothing,
-                  nothing, start, device=options.device)  # fmt: skip
+    bank = comparison.bank_source(None, network, start)
+    models = public_models_source(base_model, network, lambda: comparison.public_images(bank()), options.device)
+    bench = Bench(
+        base_model, network, features, bank, models, nothing, nothing, nothing, start, device=options.device
+    )
     rehearsal: dict[str, Any] = dict(
         num_private=options.num_private,
         num_classes=options.num_classes,
@@ -248,22 +288,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=options.out / "trials",
     )
     batch = options.num_private / options.num_classes
-
-    def best(method: str, epsilon: float) -> Settings:
-        chosen = candidates_for(method, start, options.trials, epsilon, batch)
-        return tune(method, chosen, bench, tasks, epsilon=epsilon, **rehearsal)
-
-    first = options.epsilon[0]
-    tuned = dataclasses.replace(
-        start,
-        num_images=shown,
-        sampling_steps=best("dp_deepsets", first).sampling_steps,
-        num_nearest=best("nearest_public", first).num_nearest,
-        lora_non_private=best("lora_non_private", math.inf).lora_non_private,
-        dp_lora={epsilon: best("dp_lora", epsilon).dp_lora[epsilon] for epsilon in options.epsilon},
-    )
+    tuned = start
+    for method in options.methods:
+        for epsilon in (math.inf,) if method == "lora_non_private" else options.epsilon:
+            chosen = candidates_for(method, start, options.trials, epsilon, batch)
+            best = tune(method, chosen, bench, tasks, epsilon=epsilon, **rehearsal)
+            if method in ("dp_deepsets", "nearest_public"):  # one knob each, the same at every budget
+                tuned = dataclasses.replace(tuned, **{KNOBS[method]: getattr(best, KNOBS[method])})
+                break
+            tuned = tuned.with_config(method, epsilon, best.config(method, epsilon))
+            records.write_atomically(
+                options.out / comparison.SETTINGS_FILE, dataclasses.replace(tuned, num_images=shown).to_json()
+            )
+    tuned = dataclasses.replace(tuned, num_images=shown)
     records.write_atomically(options.out / comparison.SETTINGS_FILE, tuned.to_json())
-    print(json.dumps({f"{eps:g}": plain_config(config) for eps, config in tuned.dp_lora.items()}, indent=1))
+    print(tuned.to_json())
     return 0
 
 

@@ -9,52 +9,34 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from peft import LoraConfig
-from torch import nn
 
 from hyperdp_lib import comparison, embedding, evaluation, records, tuning
-from hyperdp_lib.adapter import Adapter, lora_geometry
-from hyperdp_lib.baselines import controls, methods
+from hyperdp_lib.baselines import controls, latent_diffusion, methods
+from hyperdp_lib.baselines.adapter_mixture import AdapterMixture, MixtureShape
+from hyperdp_lib.baselines.direct_conditioning import ConditionedDenoiser
+from hyperdp_lib.baselines.dp_embedding_sgd import EmbeddingSGDConfig
+from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
+from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
+from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
 from hyperdp_lib.data import ImageSet, InputError, save_npz
+from hyperdp_lib.embedding import EncoderConfig
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
 SETTINGS = Settings(
     num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=6, bank_images=8,
-    dp_lora={1.0: QUICK}, lora_non_private=QUICK,
+    configs={
+        "dp_lora": {1.0: QUICK},
+        "lora_non_private": {math.inf: QUICK},
+        "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
+        "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
+        "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
+        "dp_hybrid": {1.0: DPHybridConfig(num_steps=2, noise_draws=1)},
+    },
 )  # fmt: skip
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.projection = nn.Parameter(torch.randn(256, 7, generator=generator), requires_grad=False)
-
-    def forward(self, images):
-        rest = nn.functional.normalize(images.flatten(1) @ self.projection, dim=1)
-        constant = torch.full((len(images), 1), embedding.COUNT_COORDINATE)
-        return torch.cat([constant, rest * math.sqrt(1 - embedding.COUNT_COORDINATE**2)], 1)
-
-
-class Hypernetwork(nn.Module):
-    """Writes the noisy mean into the B factors."""
-
-    def __init__(self, base_model):
-        super().__init__()
-        self.encoder = Encoder()
-        self.lora_config = LoraConfig(r=1, lora_alpha=1, target_modules=r".*attn1\.to_q")
-        self.geometry = lora_geometry(base_model, self.lora_config)
-
-    def forward(self, noisy_sum, noise_std):
-        names = tuple(f"adapter_{i}" for i in range(len(noisy_sum)))
-        adapter = Adapter.no_change(
-            self.lora_config, self.geometry, names=names, generator=torch.Generator().manual_seed(0)
-        )
-        for _, b in adapter.factors.values():
-            b += controls.noisy_means(noisy_sum)[:, 1].view(-1, 1, 1)
-        return adapter
+NOISY_SUM = ("dp_deepsets", "nearest_public", "noisy_class_means", "direct_conditioning", "adapter_mixture")
 
 
 class Tasks:
@@ -71,7 +53,25 @@ def models():
         num_attention_heads=2, attention_head_dim=16, in_channels=1, num_layers=1, sample_size=16,
         patch_size=4, num_embeds_ada_norm=1,
     ).eval()  # fmt: skip
-    return base, Hypernetwork(base), evaluation.FeatureNetwork(dimension=8).eval()
+    encoder = embedding.Encoder(EncoderConfig(dimension=16, width=8))
+    network = HyperNetwork(encoder, base, HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)).eval()
+    with torch.no_grad():
+        network.head_b.weight.normal_(std=0.1)  # so that what is summed makes a difference
+    return base, network.requires_grad_(False), evaluation.FeatureNetwork(dimension=8).eval()
+
+
+def public_models(models):
+    """What ships with the library, in miniature and untrained."""
+    base, network, _ = models
+    latent = latent_diffusion.SMOKE
+    autoencoder, denoiser = latent_diffusion.build_autoencoder(latent), latent_diffusion.build_denoiser(latent)
+    made = {
+        "dp_ldm": (autoencoder.eval(), denoiser.eval(), 1.0),
+        "direct_conditioning": (network, ConditionedDenoiser(base, 16).eval()),
+        "adapter_mixture": (network, AdapterMixture(base, 16, MixtureShape(num_adapters=2)).eval()),
+    }
+    shipped = methods.public_models_source(base, network, lambda: torch.zeros(2, 1, 16, 16))
+    return lambda method: made[method] if method in made else shipped(method)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,8 @@ def run(models, private, out, **changes):
     base, network, features = models
     arguments = dict(
         methods=["all"], epsilons=[1.0], seeds=[0], hypernetwork=(base, network), feature_network=features,
-        tasks=Tasks(), settings=SETTINGS, pair="glyphs-digits", out=out, command="hyperdp compare",
+        tasks=Tasks(), settings=SETTINGS, public_models=public_models(models), pair="glyphs-digits", out=out,
+        command="hyperdp compare",
     )  # fmt: skip
     return comparison.compare(private, **{**arguments, **changes})
 
@@ -91,34 +92,37 @@ def run(models, private, out, **changes):
 def bench_of(models, private, **changes):
     base, network, features = models
     return Bench(
-        base, network, features, comparison.bank_source(Tasks(), network, SETTINGS), *private, private[0],
+        base, network, features, comparison.bank_source(Tasks(), network, SETTINGS), public_models(models), *private,
+        private[0],
         **{"settings": SETTINGS, **changes},
     )  # fmt: skip
 
 
 def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_path):
     paths = run(models, private, tmp_path)
-    assert len(paths) == len(set(paths)) == 10 and all(path.is_file() for path in paths)
     made = {(r.method, r.epsilon): r for r in records.read_records(tmp_path)}
-    assert set(made) == {
-        ("dp_deepsets", 1.0), ("dp_deepsets", None), ("dp_lora", 1.0), ("nearest_public", 1.0),
-        ("nearest_public", None), ("noisy_class_means", 1.0), ("noisy_class_means", None),
-        ("public_only", 0.0),
-        ("lora_non_private", None), ("real", None),
-    }  # fmt: skip
-    for (method, _), record in made.items():
+    expected = {(name, 1.0) for name, method in METHODS.items() if method.private}
+    for name, method in METHODS.items():
+        expected |= {(name, None if math.isinf(epsilon) else epsilon) for epsilon in method.also}
+    assert set(made) == expected and len(paths) == len(set(paths)) == len(expected)
+    for (method, epsilon), record in made.items():
         assert record.scores["label"] == "research metric, not DP"
         assert "NOT PRIVATE" in record.settings["noise"]
         assert record.num_private == 40 and record.provenance["command"] == "hyperdp compare"
         assert 0 <= record.scores["accuracy"] <= 1
         if method != "noisy_class_means":
             assert record.scores["frechet_distance"] >= 0 and record.scores["features"] == "glyphnet"
+        if METHODS[method].default is not None:  # what the certificate says belongs to the record
+            private_run = METHODS[method].private and epsilon is not None
+            assert ("NOT PRIVATE" in record.settings["certificate"]) and record.settings["ledger"]
+            assert (record.num_releases > 0) or not private_run
     ours, rival = made["dp_deepsets", 1.0], made["dp_lora", 1.0]
-    assert (ours.num_releases, ours.noise_dimension, ours.trained_parameters) == (1, 16, 0)
+    assert (ours.num_releases, ours.noise_dimension, ours.trained_parameters) == (1, 32, 0)
     assert rival.num_releases == 2 and rival.trained_parameters == 2 * rival.noise_dimension
+    assert made["dp_embedding_sgd", 1.0].noise_dimension < rival.noise_dimension
     assert made["public_only", 0.0].num_releases == 0
     assert made["real", None].scores["accuracy"] == 1.0
-    assert len(records.load_records(tmp_path)) == 10
+    assert len(records.load_records(tmp_path)) == len(expected)
 
 
 def test_interrupted_grid_resumes_and_repeats_nothing(models, private, tmp_path, monkeypatch):
@@ -146,14 +150,14 @@ def test_interrupted_grid_resumes_and_repeats_nothing(models, private, tmp_path,
 
 
 def test_a_cell_is_reproducible(models, private, tmp_path):
-    asked = dict(methods=["dp_deepsets", "dp_lora", "nearest_public", "public_only"])
+    asked = dict(methods=["dp_deepsets", "dp_lora", "dp_mepf", "nearest_public", "public_only"])
     for folder in ("first", "second"):
         run(models, private, tmp_path / folder, **asked)
     first, second = (
         {r.name(): r.scores for r in records.read_records(tmp_path / folder)}
         for folder in ("first", "second")
     )
-    assert first == second and len(first) == 6
+    assert first == second and len(first) == 8
 
 
 def test_methods_share_one_noisy_sum(models, private, monkeypatch):
@@ -163,9 +167,9 @@ def test_methods_share_one_noisy_sum(models, private, monkeypatch):
     monkeypatch.setattr(
         controls, "noisy_class_sums", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
     )
-    for name in ("dp_deepsets", "nearest_public", "noisy_class_means"):
+    for name in NOISY_SUM:
         METHODS[name].run(bench, 1.0, 3)
-    assert len(seen) == 3
+    assert len(seen) == len(NOISY_SUM)
     for noisy_sum, std in seen[1:]:
         np.testing.assert_array_equal(noisy_sum, seen[0][0])
         assert std == seen[0][1]
@@ -238,11 +242,14 @@ def test_bad_input_is_one_helpful_line_and_writes_nothing(models, private, tmp_p
 
 
 def test_settings_round_trip_and_pick_the_nearest_budget():
-    settings = dataclasses.replace(
-        SETTINGS, dp_lora={0.5: QUICK, 8.0: DPLoraConfig(mode="shared", expected_batch_size=16)}
-    )
+    settings = SETTINGS
+    for epsilon, config in ((0.5, QUICK), (8.0, DPLoraConfig(mode="shared", expected_batch_size=16))):
+        settings = settings.with_config("dp_lora", epsilon, config)
     assert Settings.from_json(settings.to_json()) == settings
-    assert settings.dp_lora_for(1.0).mode == "per_class" and settings.dp_lora_for(4.0).mode == "shared"
+    assert settings.config("dp_lora", 1.0).mode == "per_class" and settings.config("dp_lora", 4.0).mode == "shared"
+    assert settings.config("dp_lora", math.inf).mode == "shared"  # nothing is tuned without noise: the nearest
+    assert settings.config("lora_non_private", math.inf) == QUICK
+    assert Settings().config("dp_lora", 1.0) == DPLoraConfig() and Settings().config("real", 1.0) is None
     with pytest.raises(InputError, match="not comparison settings"):
         Settings.from_json("{}")
 
@@ -283,12 +290,19 @@ def test_tuning_picks_the_best_keeps_its_trials_and_never_sees_private_images(mo
     assert len(runs) == 11  # unless their settings changed
 
 
-@pytest.mark.parametrize("method", ["dp_lora", "lora_non_private", "nearest_public", "dp_deepsets"])
-def test_every_method_has_candidates_that_differ_and_start_with_the_present_choice(method):
+@pytest.mark.parametrize("method", tuning.TUNED)
+def test_every_method_has_as_many_candidates_that_differ_and_start_with_the_present_choice(method):
     start = Settings()
     candidates = tuning.candidates_for(method, start, 12, 1.0, 144)
     texts = [candidate.to_json() for candidate in candidates]
-    assert len(set(texts)) == len(texts) >= 12 - 1
-    assert texts[0] == start.to_json()
+    enough = 2 if method == "adapter_mixture" else 12  # soft or hard: it has no other choice
+    assert len(set(texts)) == len(texts) == enough
+    first = candidates[0]
+    assert first.config(method, 1.0) == start.config(method, 1.0) and first.num_nearest == start.num_nearest
+
+
+def test_what_has_no_settings_is_not_tuned():
     with pytest.raises(InputError, match="nothing to tune"):
-        tuning.candidates_for("real", start, 3, 1.0, 144)
+        tuning.candidates_for("real", Settings(), 3, 1.0, 144)
+    tunable = {name for name, method in METHODS.items() if method.default is not None}
+    assert tunable | set(tuning.KNOBS) == set(tuning.TUNED)

@@ -1,12 +1,14 @@
 """Every method of a comparison behind one call: ``run(bench, epsilon, seed) -> Outcome``.
 
-A `Bench` holds what the methods share.  All methods but DP-SGD read one and the same noisy sum, so that they
-differ in what they do with it and not in their luck.
+A `Bench` holds what the methods share.  All methods that read a noisy sum of embeddings read one and the same, so that
+they differ in what they do with it and not in their luck.  A rival is a module that trains or releases (called like
+`hyperdp_lib.release.release`) and a configuration; `rival` makes a method of the two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -19,14 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from hyperdp_lib import diffusion, evaluation
-from hyperdp_lib.baselines import controls, dp_lora
+from hyperdp_lib.baselines import (
+    adapter_mixture,
+    controls,
+    direct_conditioning,
+    dp_embedding_sgd,
+    dp_hybrid,
+    dp_ldm,
+    dp_lora,
+    dp_mepf,
+    latent_diffusion,
+)
+from hyperdp_lib.baselines.adapter_mixture import AdapterMixtureConfig
+from hyperdp_lib.baselines.direct_conditioning import DirectConditioningConfig
+from hyperdp_lib.baselines.dp_embedding_sgd import EmbeddingSGDConfig
+from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
+from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
+from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.data import ImageSet, InputError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Public choices of a comparison; found by `tune`, read from JSON.
+    """Public choices of a comparison; found by `hyperdp_lib.tuning`, read from JSON.
 
     Parameters
     ----------
@@ -38,9 +56,8 @@ class Settings:
         Public data sets that `controls.nearest_public` retrieves for each class.
     bank_tasks, bank_images : int
         Public data sets in the bank, and images in each.
-    dp_lora : mapping
-        Epsilon to `DPLoraConfig`; a budget uses the entry nearest to it on a logarithmic scale.
-    lora_non_private : DPLoraConfig
+    configs : mapping
+        Method to epsilon to configuration; see `config`.
     """
 
     num_images: int = 2000
@@ -48,20 +65,34 @@ class Settings:
     num_nearest: int = 20
     bank_tasks: int = 6000
     bank_images: int = 40
-    dp_lora: Mapping[float, DPLoraConfig] = field(default_factory=lambda: {1.0: DPLoraConfig()})
-    lora_non_private: DPLoraConfig = DPLoraConfig(
-        r=8, lora_alpha=8, num_steps=150, learning_rate=5e-3, expected_batch_size=64, ema_decay=0.95
-    )
+    configs: Mapping[str, Mapping[float, Any]] = field(default_factory=dict)
 
-    def dp_lora_for(self, epsilon: float) -> DPLoraConfig:
-        """The configuration tuned nearest to a budget."""
-        return self.dp_lora[min(self.dp_lora, key=lambda tuned: abs(math.log(tuned / epsilon)))]
+    def config(self, method: str, epsilon: float) -> Any:
+        """The method's configuration tuned nearest to a budget, on a logarithmic scale; untuned, its default.
+
+        Without privacy (``epsilon = inf``) it is the one for infinity, or else the one for the largest budget.
+        """
+        tuned = self.configs.get(method, {})
+        if not tuned:
+            return METHODS[method].default
+        if math.isinf(epsilon):
+            return tuned[max(tuned)]
+        finite = [budget for budget in tuned if math.isfinite(budget)] or list(tuned)
+        return tuned[min(finite, key=lambda budget: abs(math.log(budget / epsilon)))]
+
+    def with_config(self, method: str, epsilon: float, config: Any) -> Settings:
+        """The same settings with one configuration set."""
+        return dataclasses.replace(
+            self, configs={**self.configs, method: {**self.configs.get(method, {}), epsilon: config}}
+        )
 
     def to_json(self) -> str:
         """JSON text; an infinite batch size (full batches) is written as ``null``."""
-        values = dataclasses.asdict(self)
-        values["dp_lora"] = {f"{eps:g}": plain_config(config) for eps, config in self.dp_lora.items()}
-        values["lora_non_private"] = plain_config(self.lora_non_private)
+        values = {name: getattr(self, name) for name in vars(self)}
+        values["configs"] = {
+            method: {f"{epsilon:g}": plain_config(config) for epsilon, config in tuned.items()}
+            for method, tuned in self.configs.items()
+        }
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -69,10 +100,12 @@ class Settings:
         """Inverse of `to_json`."""
         try:
             values = json.loads(text)
-            values["dp_lora"] = {float(eps): config_from_plain(c) for eps, c in values["dp_lora"].items()}
-            values["lora_non_private"] = config_from_plain(values["lora_non_private"])
+            values["configs"] = {
+                method: {float(epsilon): config_from_plain(method, plain) for epsilon, plain in tuned.items()}
+                for method, tuned in values["configs"].items()
+            }
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"these are not comparison settings ({error}): make them with tune.") from error
 
 
@@ -102,12 +135,15 @@ class Bench:
         The set whose distribution the samples should have: all of which ``private_train`` is a part.
     bank : callable
         Makes the public data sets for retrieval when they are first asked for, then returns the same.
+    public_models : callable
+        From a rival's name to the public models it takes after the private images, loaded when first asked for.
     """
 
     base_model: nn.Module
     hypernetwork: Any
     feature_network: evaluation.FeatureNetwork
     bank: Callable[[], controls.PublicBank]
+    public_models: Callable[[str], tuple[Any, ...]]
     private_train: ImageSet
     private_test: ImageSet
     private_reference: ImageSet
@@ -233,34 +269,47 @@ def noisy_class_means(bench: Bench, epsilon: float, seed: int) -> Outcome:
     return Outcome(None, None, seconds, 0, noisy_sum.size, 1, scores={"accuracy": accuracy})
 
 
-def lora(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """DP-SGD LoRA, or with ``epsilon = inf`` LoRA without privacy, both as tuned."""
-    settings = bench.settings
-    config = settings.lora_non_private if math.isinf(epsilon) else settings.dp_lora_for(epsilon)
-    trained, certificate = dp_lora.train_dp_lora(
-        bench.private_train.images,
-        bench.private_train.labels,
-        bench.base_model,
-        config,
-        epsilon=epsilon,
-        delta=bench.delta,
-        neighboring_relation=bench.neighboring_relation,
-        num_private_declared=len(bench.private_train),
-        class_names=bench.class_names,
-        seed=seed,
-        progress=bench.progress,
-    )
-    started = time.perf_counter()
-    images, labels = trained.sample(
-        bench.num_images, generator=generator_for(seed), num_steps=settings.sampling_steps
-    )
-    seconds = {"train": trained.seconds, "sample": time.perf_counter() - started}
-    plan = trained.plan
-    chosen = {**plain_config(config), "noise_std": plan.noise_std, "certificate": certificate.sentence}
-    releases = 0 if math.isinf(epsilon) else config.num_steps
-    return Outcome(
-        images.cpu(), labels, seconds, trained.trained_parameters, trained.noise_dimension, releases, chosen
-    )
+def rival(method: str, train: Callable[..., tuple[Any, Any]]) -> Callable[[Bench, float, int], Outcome]:
+    """The method that trains (or releases), then samples; ``train`` is called like `dp_lora.train_dp_lora`."""
+
+    def run(bench: Bench, epsilon: float, seed: int) -> Outcome:
+        config = bench.settings.config(method, epsilon)
+        models = bench.public_models(method)  # public work, not timed
+        started = time.perf_counter()
+        trained, certificate = train(
+            bench.private_train.images,
+            bench.private_train.labels,
+            *models,
+            config,
+            epsilon=epsilon,
+            delta=bench.delta,
+            neighboring_relation=bench.neighboring_relation,
+            num_private_declared=len(bench.private_train),
+            class_names=bench.class_names,
+            seed=seed,
+            progress=bench.progress,
+        )
+        done = time.perf_counter()
+        images, labels = trained.sample(
+            bench.num_images, generator=generator_for(seed), num_steps=bench.settings.sampling_steps
+        )
+        chosen = {
+            **plain_config(config),
+            "certificate": certificate.sentence,
+            "accountant": certificate.conversion,
+            "ledger": [entry.description for entry in certificate.ledger],
+        }
+        return Outcome(
+            images.cpu(),
+            labels,
+            {"train": done - started, "sample": time.perf_counter() - done},
+            trained.trained_parameters,
+            trained.noise_dimension,
+            trained.num_releases,
+            chosen,
+        )
+
+    return run
 
 
 def real(bench: Bench, epsilon: float, seed: int) -> Outcome:
@@ -278,22 +327,73 @@ def real(bench: Bench, epsilon: float, seed: int) -> Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for."""
+    """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for.
+
+    ``default`` is its configuration before any tuning, None if it has none.
+    """
 
     run: Callable[[Bench, float, int], Outcome]
     private: bool = True
     also: tuple[float, ...] = ()
+    default: Any = None
 
 
+_LORA_NON_PRIVATE = DPLoraConfig(
+    r=8, lora_alpha=8, num_steps=150, learning_rate=5e-3, expected_batch_size=64, ema_decay=0.95
+)
 METHODS: Mapping[str, Method] = {
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
-    "dp_lora": Method(lora),
+    "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
+    "dp_ldm": Method(rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig()),
+    "dp_mepf": Method(rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig()),
+    "dp_embedding_sgd": Method(
+        rival("dp_embedding_sgd", dp_embedding_sgd.train_dp_embedding_sgd),
+        also=(math.inf,),
+        default=EmbeddingSGDConfig(),
+    ),
+    "dp_hybrid": Method(rival("dp_hybrid", dp_hybrid.train_dp_hybrid), also=(math.inf,), default=DPHybridConfig()),
+    "direct_conditioning": Method(
+        rival("direct_conditioning", direct_conditioning.release_direct_conditioning),
+        also=(math.inf,),
+        default=DirectConditioningConfig(),
+    ),
+    "adapter_mixture": Method(
+        rival("adapter_mixture", adapter_mixture.release_adapter_mixture),
+        also=(math.inf,),
+        default=AdapterMixtureConfig(),
+    ),
     "nearest_public": Method(nearest_public, also=(math.inf,)),
     "noisy_class_means": Method(noisy_class_means, also=(math.inf,)),
     "public_only": Method(public_only, private=False, also=(0.0,)),
-    "lora_non_private": Method(lora, private=False, also=(math.inf,)),
+    "lora_non_private": Method(
+        rival("lora_non_private", dp_lora.train_dp_lora), private=False, also=(math.inf,), default=_LORA_NON_PRIVATE
+    ),
     "real": Method(real, private=False, also=(math.inf,)),
 }
+
+
+def public_models_source(
+    base_model: nn.Module, hypernetwork: Any, public_images: Callable[[], Tensor], device: str = "cpu"
+) -> Callable[[str], tuple[Any, ...]]:
+    """The public models of every rival, each loaded once: those that ship, on the given base and hypernetwork."""
+
+    @functools.cache
+    def models(method: str) -> tuple[Any, ...]:
+        if method in ("dp_lora", "lora_non_private"):
+            return (base_model,)
+        if method in ("dp_embedding_sgd", "dp_hybrid"):
+            return base_model, hypernetwork
+        if method == "dp_ldm":
+            return latent_diffusion.load_latent_models(device=device)
+        if method == "dp_mepf":
+            return (dp_mepf.PerceptualFeatures(hypernetwork.encoder, public_images=public_images()).to(device),)
+        if method == "direct_conditioning":
+            return hypernetwork, direct_conditioning.load_direct_conditioning(device=device)
+        if method == "adapter_mixture":
+            return hypernetwork, adapter_mixture.load_adapter_mixture(base_model=base_model, device=device)
+        raise InputError(f"{method!r} has no public models.")
+
+    return models
 
 
 def generator_for(seed: int) -> torch.Generator:
@@ -301,15 +401,14 @@ def generator_for(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def plain_config(config: DPLoraConfig) -> dict[str, Any]:
+def plain_config(config: Any) -> dict[str, Any]:
     """A configuration as JSON holds it: JSON has no infinity, so full batches are ``null``."""
-    values = dataclasses.asdict(config)
-    if math.isinf(config.expected_batch_size):
-        values["expected_batch_size"] = None
-    return values
+    return {
+        name: None if value == math.inf else value for name, value in dataclasses.asdict(config).items()
+    }
 
 
-def config_from_plain(values: Mapping[str, Any]) -> DPLoraConfig:
+def config_from_plain(method: str, values: Mapping[str, Any]) -> Any:
     """Inverse of `plain_config`."""
-    batch = values.get("expected_batch_size")
-    return DPLoraConfig(**{**values, "expected_batch_size": math.inf if batch is None else batch})
+    kind = type(METHODS[method].default)
+    return kind(**{name: math.inf if value is None else value for name, value in values.items()})
