@@ -252,6 +252,7 @@ def test_seeds_repeat_and_are_stamped():
         ({"num_private_declared": 0}, "num_private_declared"),
         ({"class_names": ()}, "class_names is empty"),
         ({"class_names": ("a", "b")}, "must lie in 0 .. 1"),
+        ({"class_names": ("a", "b", "a")}, "must all be different"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_summed(changes, message, monkeypatch):

@@ -166,8 +166,8 @@ def train_dp_embedding_sgd(
     certificate : Certificate
         For ``epsilon = inf`` it says NOT PRIVATE.
     """
-    dp_lora.check_shape(private_images, base_model)
     names = tuple(class_names)
+    dp_lora.check_request(private_images, base_model, names)
     dimension = hypernetwork.encoder.config.dimension
     start = torch.zeros(dimension) if public_start is None else public_start.detach().cpu().float()
     if start.shape != (dimension,) or not torch.isfinite(start).all():

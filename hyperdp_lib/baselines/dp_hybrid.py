@@ -246,7 +246,7 @@ def train_dp_hybrid(
     """
     started = time.perf_counter()
     names = tuple(class_names)
-    dp_lora.check_shape(private_images, base_model)
+    dp_lora.check_request(private_images, base_model, names)
     private_rows = dp_training.check_private(private_images, private_labels, names)
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")

@@ -227,8 +227,8 @@ def train_dp_lora(
     certificate : Certificate
         For ``epsilon = inf`` it says NOT PRIVATE.
     """
-    check_shape(private_images, base_model)
     names = tuple(class_names)
+    check_request(private_images, base_model, names)
     per_class = config.mode == "per_class" or len(names) == 1
     lora_models: list[LoraModel] = []
 
@@ -275,8 +275,10 @@ def train_dp_lora(
     return trained, certificate
 
 
-def check_shape(private_images: Tensor, base_model: Any) -> None:
-    """An `InputError` for images that the base model cannot take; looks at their shape only."""
+def check_request(private_images: Tensor, base_model: Any, class_names: Sequence[str]) -> None:
+    """An `InputError` for what the base model cannot serve; of the images only the shape is looked at."""
+    if len(set(class_names)) != len(class_names):
+        raise InputError("class_names must all be different.")
     shape = tuple(private_images.shape)
     channels, size = base_model.config.in_channels, base_model.config.sample_size
     if shape[1:] != (channels, size, size):
