@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,8 @@ def train_decoder(
             return value, {"loss": value.detach()}
 
         def check() -> dict:
-            return {"held_out": held_out.loss(check_loss or task_loss)}
+            # wall-clock time says little on cores shared with other work; this is of the process since it started
+            return {"held_out": held_out.loss(check_loss or task_loss), "cpu_seconds": time.process_time()}
 
         loop.run(loss, every=min(200, stage.steps), check=check)
     loop.modules.load_state_dict(loop.average)
@@ -310,7 +312,7 @@ def write_manifest(
         "stage": dataclasses.asdict(loop.config),
         "steps": loop.step,
         "seconds": round(loop.seconds),
-        "device": f"CPU ({platform.machine()}), one thread",
+        "device": f"CPU ({platform.machine()}), one thread, shared with other work",
         "held_out": {module: loop.history[-1]["held_out"], **references},
         "history": loop.history,
         **hashes,
@@ -319,6 +321,8 @@ def write_manifest(
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     losses = "\n".join(f"| {who} | {value:.4f} |" for who, value in manifest["held_out"].items())
+    spent = loop.history[-1].get("cpu_seconds")
+    cpu = f" ({spent / 60:.0f} of CPU time)" if spent else ""
     data, digests = manifest["public_data"], "\n".join(f"| `{k}` | `{v}` |" for k, v in sorted(checksums.items()))
     (folder / "README.md").write_text(
         f"""# Weights `{name}`
@@ -327,7 +331,8 @@ def write_manifest(
 
 - **Data.** Public only, as for the weights `glyphs`: {data["shapes"]} shapes of {data["classes"]} classes, no digits.
 - **Command.** `{manifest["command"]}`: {loop.step} steps of {loop.config.tasks} tasks x {loop.config.images} images,
-  {loop.seconds / 60:.0f} minutes, on top of what made `glyphs`, whose base model it starts from.
+  {loop.seconds / 60:.0f} minutes of wall-clock time on shared cores, one thread{cpu}; on top of what made `glyphs`,
+  whose base model it starts from.
 - **Use.** With the encoder of `glyphs`, whose noisy sums it reads. Half precision.
 
 Denoising loss on held-out public tasks (n = 128, epsilon = 1):
