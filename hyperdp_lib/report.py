@@ -23,7 +23,7 @@ from .records import load_records
 # method -> what the reader sees, in the order of every table and legend
 METHOD_LABELS = {
     "dp_deepsets": "DP-DeepSets",
-    "dp_hybrid": "DP-DeepSets, then DP-SGD",
+    "dp_hybrid": "hybrid (sum then DP-SGD)",
     "dp_lora": "DP-SGD LoRA",
     "dp_ldm": "DP-LDM",
     "dp_mepf": "DP-MEPF",
@@ -305,6 +305,18 @@ def certificate_block(certificate: Certificate) -> str:
     return "\n".join([f"> {certificate.sentence}", "", *lines])
 
 
+def recorded_charges(scores: pd.DataFrame) -> str:
+    """Certificate and ledger of the given records, each text once, as Markdown."""
+    lines = []
+    for sentence, charges in zip(
+        _column(scores, "settings.certificate"), _column(scores, "settings.ledger"), strict=True
+    ):
+        if isinstance(sentence, str):
+            charged = f" Charged: {'; '.join(charges)}." if isinstance(charges, list) else ""
+            lines.append(f"> {sentence}{charged}")
+    return "\n\n".join(dict.fromkeys(lines)) or "*No certificate at these parameters on record.*"
+
+
 def choices_table(tried: Mapping[str, Iterable[Any]], used: Mapping[str, Mapping[str, Any]]) -> str:
     """What is searched on public data, and what is used, as a Markdown table.
 
@@ -350,8 +362,8 @@ def properties_table(made: Mapping[str, tuple[Any, Certificate]], scores: pd.Dat
         Method to what a run of it returned: something with ``config``, ``trained_parameters``, ``noise_dimension`` and
         ``num_releases``, and its certificate. It says what is charged, how labels are used, and by which accountant.
     scores
-        From `records.load_records`, at one budget: sizes of the real runs. Without a record those of the run are given,
-        in brackets.
+        From `records.load_records`, at one budget: real runs, which go before ``made``. Without a record the sizes of
+        ``made`` are given, in brackets.
     """
     head = (
         "method", "what touches private data", "releases", "noise dimension", "trained parameters", "accountant",
@@ -366,9 +378,13 @@ def properties_table(made: Mapping[str, tuple[Any, Certificate]], scores: pd.Dat
             for name in ("num_releases", "noise_dimension", "trained_parameters")
         ]
         charges = [entry.description for entry in certificate.ledger]
-        touched = "; ".join(charge.split(": ")[0] for charge in charges)
         how = "none" if math.isinf(certificate.epsilon) else short_accountant(certificate.conversion, charges)
         mode = getattr(trained.config, "mode", None)
+        if len(record):  # of the real run, where it says
+            how = accountant(record)
+            charges = next((found for found in _column(record, "settings.ledger") if isinstance(found, list)), charges)
+            mode = next((found for found in _column(record, "settings.mode") if isinstance(found, str)), mode)
+        touched = "; ".join(charge.split(": ")[0].split(";")[0] for charge in charges)
         if mode is None:
             mode = "one row of the sum per class" if trained.num_releases == 1 else "per_class"
         labels = {"per_class": "one training per class", "shared": "one training, jointly"}.get(mode, mode)
@@ -554,6 +570,29 @@ def verdicts(scores: pd.DataFrame, score: str, ours: str, other: str) -> str:
         return f"{start}: nothing on record."
     parts = (f"{judged} at ε = {', '.join(found[judged])}" for judged in _VERDICTS if judged in found)
     return f"{start}: {'; '.join(parts)}."
+
+
+def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str], epsilon: float) -> str:
+    """One sentence: which of the other methods beat ours at one epsilon, which it beats, and which are not on record.
+
+    Judged as in `comparison_sentence`, seen from the others' side.
+    """
+    at_epsilon = scores[scores["epsilon"] == epsilon]
+    mine = at_epsilon[at_epsilon["method"] == ours]
+    our_label = METHOD_LABELS.get(ours, ours)
+    where = f"{score_name(score).capitalize()} at ε = {epsilon_label(epsilon)}"
+    if _known(mine, score).empty:
+        return f"{where}: nothing on record for {our_label}."
+    found: dict[str, list[str]] = {}
+    for method in others:
+        theirs = at_epsilon[at_epsilon["method"] == method]
+        known = not _known(theirs, score).empty
+        judged = _verdict(theirs, mine, score) if known else "not on record"
+        numbers = f" ({value(theirs, score)})" if known else ""
+        found.setdefault(judged, []).append(METHOD_LABELS.get(method, method) + numbers)
+    heads = {"better": "better than it are", "worse": "worse are", "not on record": "not on record are"}
+    parts = [f"{heads.get(key, key)} {', '.join(found[key])}" for key in (*_VERDICTS, "not on record") if key in found]
+    return f"{where}, where {our_label} has {value(mine, score)}: {'; '.join(parts)}."
 
 
 def score_name(score: str) -> str:

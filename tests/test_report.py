@@ -265,14 +265,14 @@ def test_properties_come_from_records_or_else_from_a_run(rivals: Path) -> None:
     made = {"dp_ldm": (tuned, dp_sgd()), "direct_conditioning": (sizes, one_sum())}
     lines = report.properties_table(made, load_records(rivals)).splitlines()
     assert lines[2] == (
-        "| DP-LDM | DP-SGD on something | 40 | 512 | 5,120 | analytic Gaussian | one training, jointly |"
+        "| DP-LDM | DP-SGD LoRA, shared | 40 | 512 | 5,120 | PRV and PLD | one training, jointly |"
     )
     assert lines[3] == (
         "| direct conditioning | one noisy sum of embeddings | (1) | (16) | (0) | analytic Gaussian "
         "| one row of the sum per class |"
     )
     empty = report.properties_table(made, load_records(rivals)[:0])
-    assert "(2) | (1) | (1)" in empty
+    assert "| DP-LDM | DP-SGD on something | (2) | (1) | (1) | analytic Gaussian |" in empty
 
 
 def trial(folder: Path, method: str, candidate: int, number: int, distance: float) -> None:
@@ -322,3 +322,20 @@ def test_layer_grid_says_no_more_than_its_numbers(tmp_path: Path) -> None:
     assert "| 0.5 | **0.600 ± 0.010** | 0.500 ± 0.010 |" in text and text.count("digits: accuracy") == 1
     assert "head (650)" in text and "Seeds: 2." in text
     assert "No grid of layers" in report.layer_grid(tmp_path / "nowhere")
+
+
+def test_standing_names_who_beats_ours(rivals: Path) -> None:
+    table = load_records(rivals)
+    others = ("dp_lora", "dp_ldm", "dp_mepf")
+    assert report.standing(table, "frechet_distance", "dp_deepsets", others, 1.0) == (
+        "Fréchet distance at ε = 1, where DP-DeepSets has 419.0 ± 1.4: better than it are DP-LDM (100.5 ± 0.7); "
+        "worse are DP-SGD LoRA (479.0 ± 1.4); not on record are DP-MEPF."
+    )
+    assert report.standing(table, "accuracy", "dp_deepsets", others, 4.0).endswith("nothing on record for DP-DeepSets.")
+
+
+def test_recorded_certificates_are_shown_once(rivals: Path) -> None:
+    table = load_records(rivals)
+    assert report.recorded_charges(table[table["method"] == "dp_ldm"]).startswith("*No certificate")
+    said = table[table["method"] == "dp_ldm"].assign(**{"settings.certificate": "demonstration."})
+    assert report.recorded_charges(said) == f"> demonstration. Charged: {PRV}."
