@@ -59,7 +59,7 @@ def compare(
         A named data set with its own test set (``"digits"``, ``"mnist"``), a folder or ``.npz`` (a fifth is held out,
         evenly by class), or two image sets.
     methods : iterable of str
-        Names from `METHODS`, or ``"all"``.
+        Names from `METHODS`, or ``"all"``: every method whose public weights are there.
     epsilons : iterable of float
         Budgets, > 0.  Controls without a budget, and no noise (recorded as ``null``), are added by
         themselves.
@@ -182,7 +182,7 @@ def subset(private: ImageSet, size: int, seed: int) -> ImageSet:
 def _method_names(methods: Iterable[str]) -> tuple[str, ...]:
     names = tuple(methods)
     if "all" in names:
-        return tuple(METHODS)
+        return tuple(name for name, method in METHODS.items() if method.available)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown)!r}: choose all, or from {', '.join(METHODS)}.")

@@ -82,7 +82,7 @@ def private():
 def run(models, private, out, **changes):
     base, network, features = models
     arguments = dict(
-        methods=["all"], epsilons=[1.0], seeds=[0], hypernetwork=(base, network), feature_network=features,
+        methods=list(METHODS), epsilons=[1.0], seeds=[0], hypernetwork=(base, network), feature_network=features,
         tasks=Tasks(), settings=SETTINGS, public_models=public_models(models), pair="glyphs-digits", out=out,
         command="hyperdp compare",
     )  # fmt: skip
@@ -239,6 +239,16 @@ def test_bad_input_is_one_helpful_line_and_writes_nothing(models, private, tmp_p
     with pytest.raises(InputError, match=message):
         run(models, private, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_are_the_methods_whose_public_models_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "WEIGHTS", tmp_path)
+    without = set(METHODS) - {"dp_ldm", "direct_conditioning", "adapter_mixture"}
+    assert set(comparison._method_names(["all"])) == without
+    (tmp_path / "glyphs-latent").mkdir()
+    (tmp_path / "glyphs-latent" / "manifest.json").write_text("{}")
+    assert set(comparison._method_names(["all"])) == without | {"dp_ldm"}
+    assert comparison._method_names(["adapter_mixture"]) == ("adapter_mixture",)  # asked for: it says what is missing
 
 
 def test_settings_round_trip_and_pick_the_nearest_budget():

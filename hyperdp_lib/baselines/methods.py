@@ -40,6 +40,7 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.data import ImageSet, InputError
+from hyperdp_lib.hypernetwork import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -329,13 +330,20 @@ def real(bench: Bench, epsilon: float, seed: int) -> Outcome:
 class Method:
     """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for.
 
-    ``default`` is its configuration before any tuning, None if it has none.
+    ``default`` is its configuration before any tuning, None if it has none. ``weights`` names the folder of public
+    models that it needs besides the hypernetwork and its base model.
     """
 
     run: Callable[[Bench, float, int], Outcome]
     private: bool = True
     also: tuple[float, ...] = ()
     default: Any = None
+    weights: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether its public models are there; they are made by ``python -m hyperdp_lib.baselines.<module>``."""
+        return self.weights is None or (WEIGHTS / self.weights / "manifest.json").is_file()
 
 
 _LORA_NON_PRIVATE = DPLoraConfig(
@@ -344,7 +352,9 @@ _LORA_NON_PRIVATE = DPLoraConfig(
 METHODS: Mapping[str, Method] = {
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
-    "dp_ldm": Method(rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig()),
+    "dp_ldm": Method(
+        rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="glyphs-latent"
+    ),
     "dp_mepf": Method(rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig()),
     "dp_embedding_sgd": Method(
         rival("dp_embedding_sgd", dp_embedding_sgd.train_dp_embedding_sgd),
@@ -356,11 +366,13 @@ METHODS: Mapping[str, Method] = {
         rival("direct_conditioning", direct_conditioning.release_direct_conditioning),
         also=(math.inf,),
         default=DirectConditioningConfig(),
+        weights="glyphs-conditioned",
     ),
     "adapter_mixture": Method(
         rival("adapter_mixture", adapter_mixture.release_adapter_mixture),
         also=(math.inf,),
         default=AdapterMixtureConfig(),
+        weights="glyphs-mixture",
     ),
     "nearest_public": Method(nearest_public, also=(math.inf,)),
     "noisy_class_means": Method(noisy_class_means, also=(math.inf,)),
