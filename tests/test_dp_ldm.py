@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from scipy import stats
 
-from hyperdp_lib import artefacts, diffusion
+from hyperdp_lib import artefacts, diffusion, hypernetwork
 from hyperdp_lib.baselines import dp_ldm, dp_sgd, latent_diffusion
 from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.latent_diffusion import SMOKE, build_autoencoder, build_denoiser
@@ -483,3 +483,21 @@ def test_clusters_are_means_of_the_tasks_nearest_to_them():
     centres = latent_diffusion.task_clusters(preset, public_tasks(), autoencoder, 1.0)
     assert centres.shape == (3, 4 * 4 * 4) and len(torch.unique(centres, dim=0)) == 3
     assert torch.equal(centres, latent_diffusion.task_clusters(preset, public_tasks(), autoencoder, 1.0))
+
+
+def test_shipped_models_are_those_of_their_manifest_and_redraw_a_stroke():
+    folder = hypernetwork.WEIGHTS / "glyphs-latent"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = artefacts.folder_sha256(folder)
+    assert {k: v for k, v in files.items() if "/" in k} == manifest["sha256"]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 4 * 2**20
+    assert json.loads(json.dumps(dataclasses.asdict(latent_diffusion.LatentPreset()))) == manifest["preset"]
+    assert not manifest["public_data"]["lookalikes"]
+    autoencoder, denoiser, scale = dp_ldm.load_latent_models()
+    stroke = torch.full((1, 1, 16, 16), -1.0)
+    stroke[..., 3:13, 6:8] = 1.0
+    latent = latent_diffusion.encode(autoencoder, stroke, scale)
+    assert (latent_diffusion.decode(autoencoder, latent, scale) - stroke).square().mean() < 0.05
+    none = torch.full((4,), manifest["preset"]["pseudo_labels"])
+    latents = latent_diffusion.sample_latents(denoiser, none, generator=torch.Generator().manual_seed(0), num_steps=8)
+    assert 0.5 < latents.std() < 1.5

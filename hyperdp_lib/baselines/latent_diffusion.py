@@ -341,7 +341,7 @@ rival DP-LDM. Public data only.
   0 .. {preset["pseudo_labels"] - 1} are clusters of public tasks, {preset["pseudo_labels"]} is no label.
 - **Limits.** Made for single drawn characters and simple drawings, 16 x 16, white on black. Half precision.
 
-| stage | steps | wall time, shared machine | last log line |
+| stage | steps | wall time (shared machine, pauses included) | last log line |
 |---|---|---|---|
 {stages}
 
