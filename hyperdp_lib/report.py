@@ -385,8 +385,8 @@ def properties_table(made: Mapping[str, tuple[Any, Certificate]], scores: pd.Dat
             charges = next((found for found in _column(record, "settings.ledger") if isinstance(found, list)), charges)
             mode = next((found for found in _column(record, "settings.mode") if isinstance(found, str)), mode)
         touched = "; ".join(charge.split(": ")[0].split(";")[0] for charge in charges)
-        if mode is None:
-            mode = "one row of the sum per class" if trained.num_releases == 1 else "per_class"
+        if mode is None:  # what clips gradients trains; nothing that trains one model for all classes lacks a mode
+            mode = "per_class" if hasattr(trained.config, "clip_norm") else "one row of the sum per class"
         labels = {"per_class": "one training per class", "shared": "one training, jointly"}.get(mode, mode)
         lines.append("| " + " | ".join([METHOD_LABELS.get(method, method), touched, *sizes, how, labels]) + " |")
     return "\n".join(lines)

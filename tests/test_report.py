@@ -271,6 +271,9 @@ def test_properties_come_from_records_or_else_from_a_run(rivals: Path) -> None:
         "| direct conditioning | one noisy sum of embeddings | (1) | (16) | (0) | analytic Gaussian "
         "| one row of the sum per class |"
     )
+    per_class = SimpleNamespace(**(vars(tuned) | {"config": SimpleNamespace(clip_norm=0.1)}))
+    trained = report.properties_table({"dp_embedding_sgd": (per_class, dp_sgd())}, load_records(rivals))
+    assert trained.endswith("| one training per class |")
     empty = report.properties_table(made, load_records(rivals)[:0])
     assert "| DP-LDM | DP-SGD on something | (2) | (1) | (1) | analytic Gaussian |" in empty
 
