@@ -104,6 +104,10 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dp_mepf": {
         "beta": (0.0, 0.5), "num_steps": (150, 400, 800), "learning_rate": (1e-3, 3e-3, 1e-2), "width": (16, 32),
     },
+    "dp_layer_search": {
+        "mean_trials": (2.0, 5.0), "shape": (1.0, math.inf), "score_share": (0.1, 0.3), "learning_rate": (1e-2, 3e-2),
+        "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40), "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
+    },
     "dp_embedding_sgd": {
         "learning_rate": (0.01, 0.03, 0.1), "clip_norm": (0.03, 0.3, 3.0), "num_steps": (10, 30, 60),
         "noise_draws": (2, 8), "told_noise": (0.005, 0.02, 0.05), "batch_share": (0.25, 1.0),
@@ -257,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tune every method of the comparison for the embedded default, all by the same number of trials."""
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.tuning", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and the trials")
-    parser.add_argument("--methods", nargs="+", default=list(TUNED), choices=TUNED, metavar="METHOD", help="default all")
+    parser.add_argument("--methods", nargs="+", default=list(TUNED), choices=TUNED, help="default: all")
     parser.add_argument("--hypernetwork", default="glyphs", help="default: glyphs")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0], help="budgets; default: 1 10")
     parser.add_argument("--num-private", type=int, default=1440, help="declared size; default: 1440")

@@ -19,6 +19,7 @@ from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
 from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
+from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
@@ -34,6 +35,7 @@ SETTINGS = Settings(
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
         "dp_hybrid": {1.0: DPHybridConfig(num_steps=2, noise_draws=1)},
+        "dp_layer_search": {1.0: LayerSearchConfig(candidates=("attention",), num_steps=2, r=1, mean_trials=1.5)},
     },
 )  # fmt: skip
 NOISY_SUM = ("dp_deepsets", "nearest_public", "noisy_class_means", "direct_conditioning", "adapter_mixture")

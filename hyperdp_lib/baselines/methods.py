@@ -31,6 +31,7 @@ from hyperdp_lib.baselines import (
     dp_lora,
     dp_mepf,
     latent_diffusion,
+    layer_choice,
 )
 from hyperdp_lib.baselines.adapter_mixture import AdapterMixtureConfig
 from hyperdp_lib.baselines.direct_conditioning import DirectConditioningConfig
@@ -39,6 +40,7 @@ from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
 from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
+from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import WEIGHTS
 
@@ -356,6 +358,9 @@ METHODS: Mapping[str, Method] = {
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="glyphs-latent"
     ),
     "dp_mepf": Method(rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig()),
+    "dp_layer_search": Method(
+        rival("dp_layer_search", layer_choice.train_dp_layer_search), default=LayerSearchConfig()
+    ),
     "dp_embedding_sgd": Method(
         rival("dp_embedding_sgd", dp_embedding_sgd.train_dp_embedding_sgd),
         also=(math.inf,),
@@ -391,7 +396,7 @@ def public_models_source(
 
     @functools.cache
     def models(method: str) -> tuple[Any, ...]:
-        if method in ("dp_lora", "lora_non_private"):
+        if method in ("dp_lora", "lora_non_private", "dp_layer_search"):
             return (base_model,)
         if method in ("dp_embedding_sgd", "dp_hybrid"):
             return base_model, hypernetwork
@@ -414,7 +419,7 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration as JSON holds it: JSON has no infinity, so full batches are ``null``."""
+    """A configuration as JSON holds it: JSON has no infinity, so it is ``null`` there (full batches, for one)."""
     return {
         name: None if value == math.inf else value for name, value in dataclasses.asdict(config).items()
     }
@@ -423,4 +428,10 @@ def plain_config(config: Any) -> dict[str, Any]:
 def config_from_plain(method: str, values: Mapping[str, Any]) -> Any:
     """Inverse of `plain_config`."""
     kind = type(METHODS[method].default)
-    return kind(**{name: math.inf if value is None else value for name, value in values.items()})
+    return kind(**{name: _from_plain(value) for name, value in values.items()})
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return math.inf if value is None else value
