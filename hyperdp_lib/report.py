@@ -259,7 +259,7 @@ def missing_command(
     epsilons: Iterable[float],
     num_private: int,
     *,
-    private: str = "digits",
+    data_set: str = "digits",
     seeds: int = 3,
 ) -> str:
     """The command that makes the cells that are not on record, as Markdown; what is on record is not run again.
@@ -268,6 +268,8 @@ def missing_command(
     ----------
     methods, epsilons
         The grid that should be there.
+    data_set
+        As after ``--private``.
     seeds
         Seeds 0 .. seeds - 1 of each cell.
     """
@@ -285,7 +287,7 @@ def missing_command(
     asked = " ".join(dict.fromkeys(method for method, *_ in missing))
     at = " ".join(f"{epsilon:g}" for epsilon in sorted({epsilon for _, epsilon, _ in missing}))
     command = (
-        f"hyperdp compare --private {private} --methods {asked} --epsilon {at} --num-private {num_private} "
+        f"hyperdp compare --private {data_set} --methods {asked} --epsilon {at} --num-private {num_private} "
         f"--seeds {seeds} --out book/results"
     )
     total = len(set(methods)) * len(budgets) * seeds
@@ -346,6 +348,8 @@ def _plain(setting: Any, name: str) -> str:
         return "all images"
     if name == "batch_share" and setting < 1:
         return f"{setting:g} of a class"
+    if setting is None:  # JSON has no infinity
+        return "inf"
     if isinstance(setting, float):
         return f"{setting:g}"
     # a pattern of layer names has pipes, which end a table's cell
@@ -447,12 +451,12 @@ def layer_grid(folder: str | Path) -> str:
     return "\n\n".join(blocks) or f"*No grid of layers on record: {command} makes it.*"
 
 
-def _layer_grid(private: str, content: Mapping[str, Any]) -> str:
+def _layer_grid(data_set: str, content: Mapping[str, Any]) -> str:
     subsets = content["settings"]["subsets"]
     parameters = {cell["subset"]: cell["trained_parameters"] for cell in content["cells"].values()}
     heads = [f"{subset.replace('_', ' ')} ({parameters.get(subset, 0):,})" for subset in subsets]
     seeds = len({cell["seed"] for cell in content["cells"].values()})
-    lines = [f"| {private}: accuracy, by ε | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(subsets)]
+    lines = [f"| {data_set}: accuracy, by ε | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(subsets)]
     for row in content["summary"]:
         cells = []
         for subset in subsets:
@@ -590,8 +594,9 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
         judged = _verdict(theirs, mine, score) if known else "not on record"
         numbers = f" ({value(theirs, score)})" if known else ""
         found.setdefault(judged, []).append(METHOD_LABELS.get(method, method) + numbers)
-    heads = {"better": "better than it are", "worse": "worse are", "not on record": "not on record are"}
-    parts = [f"{heads.get(key, key)} {', '.join(found[key])}" for key in (*_VERDICTS, "not on record") if key in found]
+    heads = dict(zip(_VERDICTS, ("better than it are", "worse are", "not told apart by these seeds are"), strict=False))
+    heads |= {"too few seeds to tell": "on too few seeds to tell are", "not on record": "not on record are"}
+    parts = [f"{heads[key]} {', '.join(found[key])}" for key in (*_VERDICTS, "not on record") if key in found]
     return f"{where}, where {our_label} has {value(mine, score)}: {'; '.join(parts)}."
 
 

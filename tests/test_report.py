@@ -254,6 +254,8 @@ def test_choices_show_what_was_tried_and_what_is_used() -> None:
         "| expected batch size | 0.25 of a class, all images | 36 | all images |",
         r"| layers | `a\.(b\|c)` | – | – |",
     ]
+    infinite = report.choices_table({"shape": (1.0, math.inf)}, {"ε = 1": {"shape": None}})
+    assert infinite.endswith("| shape | 1, inf | inf |")
     assert report.choices_table({}, used) == "*Nothing about it is searched.*"
 
 
@@ -334,6 +336,10 @@ def test_standing_names_who_beats_ours(rivals: Path) -> None:
         "Fréchet distance at ε = 1, where DP-DeepSets has 419.0 ± 1.4: better than it are DP-LDM (100.5 ± 0.7); "
         "worse are DP-SGD LoRA (479.0 ± 1.4); not on record are DP-MEPF."
     )
+    one_seed = report.standing(table[table["seed"] == 0], "accuracy", "dp_deepsets", others[:1], 1.0)
+    assert one_seed.endswith("where DP-DeepSets has 0.80: on too few seeds to tell are DP-SGD LoRA (0.20).")
+    same = report.standing(table, "accuracy", "dp_deepsets", ["dp_deepsets"], 1.0)
+    assert same.endswith("not told apart by these seeds are DP-DeepSets (0.81 ± 0.01).")
     assert report.standing(table, "accuracy", "dp_deepsets", others, 4.0).endswith("nothing on record for DP-DeepSets.")
 
 
