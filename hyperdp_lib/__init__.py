@@ -22,12 +22,13 @@ The modules, in the order in which to read them:
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
 `evaluation`        research metrics, not differentially private
-`baselines`         DP-SGD LoRA and the controls
+`baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
 `tuning`            settings of the comparison, found on public stand-ins
 `records`           result records with provenance
 `report`            records -> tables and sentences
+`comparison_tables` the tables of the chapter on rivals
 `figures`           records and images -> figures
 `notebook`          what the notebooks share
 ==================  =======================================================================
@@ -51,6 +52,7 @@ __all__ = [
     "baselines",
     "certificate",
     "comparison",
+    "comparison_tables",
     "data",
     "diffusion",
     "embedding",
