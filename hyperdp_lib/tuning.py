@@ -109,12 +109,12 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40), "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
     },
     "dp_embedding_sgd": {
-        "learning_rate": (0.01, 0.03, 0.1), "clip_norm": (0.03, 0.3, 3.0), "num_steps": (10, 30, 60),
-        "noise_draws": (2, 8), "told_noise": (0.005, 0.02, 0.05), "batch_share": (0.25, 1.0),
+        "learning_rate": (0.03, 0.05, 0.1), "clip_norm": (0.3, 1.0), "num_steps": (30, 100), "noise_draws": (1, 4),
+        "told_noise": (0.01, 0.02, 0.05), "batch_share": (0.25, 1.0),
     },
     "dp_hybrid": {
-        "share": (0.1, 0.3, 0.5, 0.8), "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "clip_norm": (0.01, 0.1),
-        "num_steps": (10, 20, 40), "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
+        "share": (0.1, 0.5, 0.9), "learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "clip_norm": (0.01, 0.1),
+        "num_steps": (10, 20, 40), "noise_draws": (1, 4), "batch_share": (0.25, 1.0),
     },
     "direct_conditioning": {"guidance": (0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)},
     "adapter_mixture": {"hard": (True,)},
