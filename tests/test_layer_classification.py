@@ -12,8 +12,9 @@ import torch
 from scipy import stats
 
 from hyperdp_lib import evaluation
-from hyperdp_lib.baselines import dp_sgd, dp_training, layer_classification
-from hyperdp_lib.baselines.layer_classification import SUBSETS, Grid, LayerClassificationConfig, Results
+from hyperdp_lib.baselines import dp_sgd, dp_training, layer_classification, layer_grid
+from hyperdp_lib.baselines.layer_classification import SUBSETS, LayerClassificationConfig
+from hyperdp_lib.baselines.layer_grid import Grid, Results
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.glyphs import GlyphTasks
@@ -188,9 +189,7 @@ def private_sets():
 
 
 def test_stand_ins_have_as_many_styles_as_images():
-    train_set, test_set = layer_classification.public_stand_in(
-        tiny_tasks(), num_classes=3, per_class=5, per_class_test=2, seed=0
-    )
+    train_set, test_set = layer_grid.public_stand_in(tiny_tasks(), num_classes=3, per_class=5, per_class_test=2, seed=0)
     assert train_set.images.shape == (15, 1, 16, 16) and len(test_set) == 6
     assert train_set.labels.tolist() == sorted(train_set.labels.tolist())
     assert len({one.sum().item() for one in train_set.images}) == 15
@@ -199,13 +198,13 @@ def test_stand_ins_have_as_many_styles_as_images():
 def test_the_grid_gives_every_subset_the_same_trials_and_resumes(tmp_path, monkeypatch):
     path = tmp_path / "layers" / "digits.json"
     results = Results(path, GRID)
-    layer_classification.tune(results, classifier(), tiny_tasks(), 12)
+    layer_grid.tune(results, classifier(), tiny_tasks(), 12)
     per_subset = {
         subset: sorted(len(trial["accuracy"]) for name, trial in results.content["trials"].items() if subset in name)
         for subset in GRID.subsets
     }
     assert per_subset == {"head": [1, 2, 2], "norms": [1, 2, 2]}
-    layer_classification.run(results, classifier(), *private_sets())
+    layer_grid.run(results, classifier(), *private_sets())
     found = json.loads(path.read_text())
     assert len(found["cells"]) == 8 and {row["epsilon"] for row in found["summary"]} == {4.0, None}
     cell = found["cells"]["norms_eps4_seed1"]
@@ -219,11 +218,11 @@ def test_the_grid_gives_every_subset_the_same_trials_and_resumes(tmp_path, monke
         layer_classification, "train_layer_classification", lambda *a, **k: trained.append(k) or once(*a, **k)
     )
     again = Results(path, GRID)
-    layer_classification.tune(again, classifier(), tiny_tasks(), 12)
-    layer_classification.run(again, classifier(), *private_sets())
+    layer_grid.tune(again, classifier(), tiny_tasks(), 12)
+    layer_grid.run(again, classifier(), *private_sets())
     assert trained == []
     del again.content["cells"]["head_epsinf_seed0"]
-    layer_classification.run(again, classifier(), *private_sets())
+    layer_grid.run(again, classifier(), *private_sets())
     assert len(trained) == 1 and json.loads(path.read_text())["cells"] == found["cells"] | again.content["cells"]
     with pytest.raises(InputError, match="other settings"):
         Results(path, dataclasses.replace(GRID, num_steps=3))
@@ -237,7 +236,7 @@ def test_the_best_rate_of_the_nearest_budget_is_used(tmp_path):
             # a rate that met one stand-in only is out, however well it did there
             met = [accuracy] if accuracy == 0.2 and budget != "epsinf" else [accuracy, accuracy]
             results.content["trials"][f"head_{budget}_lr{rate:g}"] = {"accuracy": met}
-    chosen = [layer_classification.learning_rate_for(results, "head", e) for e in (0.25, 1.0, 2.0, 8.0, math.inf)]
+    chosen = [layer_grid.learning_rate_for(results, "head", e) for e in (0.25, 1.0, 2.0, 8.0, math.inf)]
     assert chosen == [1e-2, 1e-2, 1e-3, 1e-3, 1e-1]
 
 
@@ -248,10 +247,10 @@ def test_the_summary_says_which_subsets_cannot_be_told_apart():
         for subset, both in scores.items()
         for seed, accuracy in enumerate(both)
     }
-    (row,) = layer_classification.summarise(cells, GRID)
+    (row,) = layer_grid.summarise(cells, GRID)
     assert row["best"] in ("head", "norms") and row["not_worse"] == [{"head": "norms", "norms": "head"}[row["best"]]]
     assert row["mean"]["all"] == 0.61 and row["std"]["all"] == pytest.approx(0.0141, abs=1e-4)
-    table = layer_classification.show([row])
+    table = layer_grid.show([row])
     assert "81.0" in table and "*" in table.splitlines()[1] and len(table.splitlines()) == 3
 
 
@@ -265,6 +264,6 @@ def test_the_command_line_refuses_what_is_not_there(tmp_path, monkeypatch, capsy
 
 def test_larger_sets_are_cut_down_always_alike():
     many = ImageSet(images(50), torch.arange(50) % 3, NAMES)
-    cut = layer_classification.subsample(many, 20)
-    assert len(cut) == 20 and torch.equal(cut.images, layer_classification.subsample(many, 20).images)
-    assert layer_classification.subsample(many, 50) is many
+    cut = layer_grid.subsample(many, 20)
+    assert len(cut) == 20 and torch.equal(cut.images, layer_grid.subsample(many, 20).images)
+    assert layer_grid.subsample(many, 50) is many

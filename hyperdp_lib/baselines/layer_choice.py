@@ -9,24 +9,11 @@ with LoRA on each, by the method whose price is known (Papernot & Steinke 2022, 
   examples' improvements, each clipped;
 * of the K trials the one with the highest score is released: subset, adapters and its score. Nothing else.
 
-The price
----------
-Let one trial be ``(a, eps_a)``-RDP for every order ``a``: DP-SGD and noisy sum, composed. Truncated negative binomial K
-with parameters ``(shape, gamma)`` (shape 1: geometric, 0: logarithmic) makes the search ``(a, eps')``-RDP with
+The price, with proof by their theorems, is in `private_selection`: about twice the noise of one training, however many
+subsets there are. The alternative costs nothing: `choose_on_public` makes the same choice on public stand-ins.
 
-    eps' = eps_a + (1 + shape) [(1 - 1/b) eps_b + log(1/gamma) / b] + log(E K) / (a - 1)      for every order b,
-
-and Poisson K (``shape = inf``), if one trial is ``(e, d)``-DP with ``exp(e) <= 1 + 1/(a - 1)``, with
-
-    eps' = eps_a + E[K] d + log(E K) / (a - 1)
-
-(their Theorems 2 and 6). `search_epsilon` takes both from dp-accounting, together with the conversion to (epsilon,
-delta); the tests compute them again. The search needs about twice the noise of one training, however many subsets
-there are. The alternative costs nothing: `choose_on_public` makes the same choice on public stand-ins.
-
-What the price does not cover: how many trials were made, and how long they took. Whoever runs the search sees both and
-must keep them; ``seconds`` is therefore an expectation. Ties have probability 0 but for rounding; among equals the
-first wins, which is a fair coin because trials are independent and alike.
+The price does not cover how many trials were made, nor how long they took. Whoever runs the search sees both and must
+keep them; ``seconds`` is therefore an expectation.
 
 Differences from the original: they tune subsets of an image classifier and report the best (see
 `layer_classification`); that the search is private, and that its object is a diffusion model, is ours.
@@ -35,8 +22,6 @@ Differences from the original: they tune subsets of an image classifier and repo
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 import math
 import secrets
 import time
@@ -47,16 +32,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hyperdp_lib import accounting, artefacts, certificate, diffusion, mechanism
+from hyperdp_lib import artefacts, certificate, diffusion, mechanism
 from hyperdp_lib.adapter import apply_adapters, lora_geometry
-from hyperdp_lib.baselines import dp_lora, dp_sgd, dp_training
+from hyperdp_lib.baselines import dp_lora, dp_training, private_selection
 from hyperdp_lib.baselines.dp_lora import DPLora, DPLoraConfig
-from hyperdp_lib.baselines.dp_sgd import LossFunction, PrivacyPlan
+from hyperdp_lib.baselines.dp_sgd import LossFunction
+from hyperdp_lib.baselines.private_selection import SearchPlan
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.ledger import LedgerEntry
@@ -73,12 +58,6 @@ SUBSETS: Mapping[str, str] = {
 }
 """Name of a subset of a DiT's layers to PEFT's ``target_modules``; ``{blocks}`` stands for numbers of blocks."""
 
-# Any orders give a valid bound; these have the optimum of budgets from 0.1 to 20 among them, and lower ones are slow.
-ORDERS = tuple(
-    float(order)
-    for part in (np.arange(1.5, 11, 0.25), np.arange(11, 128), np.arange(128, 512, 8), 2.0 ** np.arange(9, 13))
-    for order in part
-)
 _CHUNK = 32  # images scored at a time, always exactly so many: see `denoising_losses`
 _SCORE_SEED = 20_211_007
 
@@ -144,168 +123,6 @@ def target_modules(subset: str, base_model: Any) -> str:
         raise InputError(f"{subset!r} needs a base model with two or more transformer blocks: leave it out.")
     half = range(blocks // 2) if subset == "first_half" else range(blocks // 2, blocks)
     return pattern.replace("{blocks}", f"({'|'.join(map(str, half))})")
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """How much noise every trial gets, so that the whole search keeps the budget.
-
-    Attributes
-    ----------
-    sgd : PrivacyPlan
-        Of a trial's DP-SGD.
-    score_multiplier : float
-        Noise over sensitivity of a trial's score.
-    trial_epsilon, trial_delta : float
-        With them `dp_sgd.privacy_plan` gives ``sgd``.
-    relation : str
-        What the noise is calibrated for: ``replace_one`` with Poisson batches counts as a removal and an addition.
-    epsilon, delta : float
-        Of the whole search under ``relation``.
-    """
-
-    sgd: PrivacyPlan
-    score_multiplier: float
-    trial_epsilon: float
-    trial_delta: float
-    relation: str
-    epsilon: float
-    delta: float
-
-
-def search_epsilon(
-    plan: PrivacyPlan | None, score_multiplier: float, delta: float, *, mean_trials: float, shape: float
-) -> float:
-    """Epsilon of the whole search, from the noise of one trial; without a ``plan``, of a search among scores alone.
-
-    The score's discrete noise is exactly ``1 / (2 m**2)``-zCDP.
-
-    Examples
-    --------
-    >>> one = accounting.epsilon(10.0, 1e-5)
-    >>> searched = search_epsilon(None, 10.0, 1e-5, mean_trials=5.0, shape=math.inf)
-    >>> round(one, 2), round(searched, 2)
-    (0.34, 0.65)
-    """
-    import dp_accounting
-    from dp_accounting.dp_event import RepeatAndSelectDpEvent, ZCDpEvent
-
-    parts: list[Any] = [ZCDpEvent(1 / (2 * score_multiplier**2))]
-    if plan is not None:
-        gaussian = dp_accounting.GaussianDpEvent(plan.noise_multiplier)
-        step = gaussian if plan.sample_rate == 1 else dp_accounting.PoissonSampledDpEvent(plan.sample_rate, gaussian)
-        parts.append(dp_accounting.SelfComposedDpEvent(step, plan.num_steps))
-    accountant = dp_accounting.rdp.RdpAccountant(ORDERS)
-    log = logging.getLogger("absl")  # says which orders it leaves out, where their series converge slowly: less is safe
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        accountant.compose(RepeatAndSelectDpEvent(dp_accounting.ComposedDpEvent(parts), mean_trials, shape))
-    finally:
-        log.setLevel(level)
-    return float(accountant.get_epsilon(delta))
-
-
-@functools.cache  # seconds for Poisson batches, and the same for every seed
-def search_plan(
-    epsilon: float,
-    delta: float,
-    neighboring_relation: str,
-    *,
-    mean_trials: float,
-    shape: float,
-    score_share: float,
-    expected_batch_size: float,
-    declared_size: float,
-    num_steps: int,
-) -> SearchPlan:
-    """Noise of each trial with which the search is (epsilon, delta)-DP, at most 0.5 % more than that needs.
-
-    The score's noise is that of ``score_share`` of the squared parameter that a Gaussian trial may have; DP-SGD gets
-    the least noise with which the search then keeps its budget.
-    """
-    sizes: dict[str, Any] = dict(
-        expected_batch_size=expected_batch_size, declared_size=declared_size, num_steps=num_steps
-    )
-    plain = dp_sgd.privacy_plan(math.inf, delta, neighboring_relation, **sizes)  # says what is wrong with the sizes
-    if not epsilon > 0 or not 0 < delta < 1:
-        raise InputError(f"need epsilon > 0 (inf: not private) and 0 < delta < 1, got {epsilon} and {delta}.")
-    if math.isinf(epsilon):
-        return SearchPlan(plain, 0.0, epsilon, delta, neighboring_relation, epsilon, delta)
-    sampled = expected_batch_size < declared_size
-    relation = neighboring_relation
-    if sampled and relation == "replace_one":  # group privacy for two, as in `dp_sgd.privacy_plan`
-        relation, epsilon, delta = "add_or_remove_one", epsilon / 2, delta / (1 + math.exp(epsilon / 2))
-    distribution = dict(mean_trials=mean_trials, shape=shape)
-    whole = _least(lambda m: search_epsilon(None, m, delta, **distribution) <= epsilon)  # of a Gaussian trial
-    score_multiplier = whole / math.sqrt(score_share)
-    step_multiplier = whole * math.sqrt(num_steps / (1 - score_share))
-
-    def plan_of(multiplier: float) -> PrivacyPlan:
-        rate = min(1.0, expected_batch_size / declared_size)
-        return PrivacyPlan(multiplier, rate, num_steps, declared_size, 1.0, "")
-
-    def fits(plan: PrivacyPlan) -> bool:
-        return search_epsilon(plan, score_multiplier, delta, **distribution) <= epsilon
-
-    if sampled:
-        step_multiplier = _least(lambda m: fits(plan_of(m)), high=step_multiplier)
-        trial_epsilon = accounting.pld_epsilon([(step_multiplier, plan_of(1.0).sample_rate, num_steps)], delta)
-    else:
-        trial_epsilon = accounting.epsilon(step_multiplier / math.sqrt(num_steps), delta)
-    while True:  # one round as a rule: the training's own calibration may differ from ours in the last digits
-        sgd = dp_sgd.privacy_plan(trial_epsilon, delta, relation, **sizes)
-        if fits(sgd):
-            return SearchPlan(sgd, score_multiplier, trial_epsilon, delta, relation, epsilon, delta)
-        trial_epsilon *= 0.999
-
-
-def _least(good: Any, high: float = 1.0) -> float:
-    """The least good noise multiplier, from above, up to 0.1 %; more noise is always good."""
-    while not good(high):
-        if (high := 2 * high) > 1e9:
-            raise InputError("the privacy budget is too small for a search: more epsilon, or fewer trials.")
-    while high > 0.02 and good(high / 2):
-        high /= 2
-    low = high / 2
-    while high > 1.001 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if good(middle) else (middle, high)
-    return high
-
-
-def halting_probability(mean_trials: float, shape: float) -> float:
-    """The gamma of a truncated negative binomial distribution with this mean; 1 if there is always one trial.
-
-    >>> halting_probability(4.0, 1.0)
-    0.25
-    """
-
-    def mean(gamma: float) -> float:
-        if shape == 0:
-            return (1 / gamma - 1) / math.log(1 / gamma)
-        return shape * (1 - gamma) / gamma / -math.expm1(shape * math.log(gamma))
-
-    if shape == 1:
-        return 1 / mean_trials
-    nearly_one = 1 - 1e-6
-    if mean_trials <= mean(nearly_one):
-        return 1.0
-    return float(brentq(lambda gamma: mean(gamma) - mean_trials, 1e-300, nearly_one, xtol=1e-15, rtol=1e-12))
-
-
-def number_of_trials(mean_trials: float, shape: float, generator: np.random.Generator) -> int:
-    """A draw of K; see `LayerSearchConfig`."""
-    if math.isinf(shape):
-        return int(generator.poisson(mean_trials))
-    gamma = halting_probability(mean_trials, shape)
-    if gamma == 1:
-        return 1
-    if shape == 0:
-        return int(generator.logseries(1 - gamma))
-    while (drawn := int(generator.negative_binomial(shape, gamma))) == 0:
-        pass
-    return drawn
 
 
 @torch.no_grad()
@@ -473,7 +290,7 @@ def train_dp_layer_search(
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
     per_class = config.mode == "per_class" or len(names) == 1
-    plan = search_plan(
+    plan = private_selection.search_plan(
         epsilon,
         delta,
         neighboring_relation,
@@ -487,7 +304,7 @@ def train_dp_layer_search(
     secret = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
     base_losses = denoising_losses(base_model, private_images, config.score_draws)
     best: tuple[float, str, DPLora, float] | None = None
-    number = number_of_trials(config.mean_trials, config.shape, secret)
+    number = private_selection.number_of_trials(config.mean_trials, config.shape, secret)
     bar = tqdm(range(number), total=float("inf"), disable=None if progress else True, desc="layer search", unit="trial")
     for _ in bar:
         started = time.perf_counter()
