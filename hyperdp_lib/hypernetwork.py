@@ -168,14 +168,15 @@ def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetw
     (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
 
 
-def resolve(name_or_path: str | Path) -> Path:
-    """The folder of shipped weights called ``name``, or the given folder itself."""
+def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors") -> Path:
+    """The folder of shipped weights called ``name``, or the given folder itself, if it holds the file ``weights``."""
     for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
-        if (folder / "manifest.json").is_file():
+        if (folder / "manifest.json").is_file() and (folder / weights).is_file():
             return folder
-    shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/manifest.json"))) or "none"
+    shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob(f"*/{weights}"))) or "none"
     raise InputError(
-        f"no hypernetwork {str(name_or_path)!r}: shipped are {shipped}, or give a folder made by 'hyperdp train'"
+        f"no {weights.removesuffix('.safetensors')} {str(name_or_path)!r}: shipped are {shipped}, "
+        "or give a folder of trained weights."
     )
 
 

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from hyperdp_lib import comparison, records
 from hyperdp_lib.baselines import controls, dp_lora
-from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
 
@@ -49,50 +48,14 @@ def dressed_as_private(
     return part(drawn[:, :per_class]), part(drawn[:, per_class:])
 
 
-def dp_lora_candidates(count: int, *, batch: float, seed: int = 0) -> list[DPLoraConfig]:
-    """The default, random draws from wide ranges up to the sixth, then draws from where those did best.
-
-    Among the first six, on public stand-ins, one adapter per class, high learning rates, several noise draws and
-    all layers won clearly at epsilon = 10; the rest of the search is spent there. ``batch`` is the largest expected
-    batch size worth trying (images of one class); full batches are always in.
-    """
-    rng = np.random.default_rng(seed)
-    found = [DPLoraConfig()]
-    while len(found) < min(6, count):
-        mode = rng.choice(["per_class", "shared"])
-        found.append(
-            DPLoraConfig(
-                mode=str(mode),
-                r=int(rng.choice([1, 2, 4, 8])),
-                lora_alpha=4,
-                target_modules=str(rng.choice([dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS])),
-                learning_rate=float(rng.choice([1e-3, 3e-3, 1e-2, 3e-2])),
-                clip_norm=float(rng.choice([0.01, 0.1, 0.3])),
-                num_steps=int(rng.choice([5, 10, 20, 40, 80])),
-                expected_batch_size=float(rng.choice([math.inf, math.inf, batch / 4])),
-                noise_draws=int(rng.choice([1, 2, 4])),
-            )
-        )
-    near = [  # r, learning rate, clip norm, steps, share of a class in a batch, noise draws
-        (4, 3e-2, 0.1, 20, 1.0, 4),
-        (1, 3e-2, 0.1, 10, 1.0, 4),
-        (4, 1e-1, 0.1, 20, 0.25, 4),
-        (8, 3e-2, 0.01, 40, 0.25, 8),
-        (2, 1e-1, 0.1, 10, 1.0, 4),
-        (8, 6e-2, 0.1, 80, 0.25, 2),
-    ]
-    for r, rate, clip, steps, share, draws in near[: max(0, count - len(found))]:
-        size = math.inf if share == 1.0 else share * batch
-        found.append(
-            DPLoraConfig(r=r, learning_rate=rate, clip_norm=clip, num_steps=steps, expected_batch_size=size,
-                         noise_draws=draws)  # fmt: skip
-        )
-    return found
-
-
 # What the random search draws from, besides the configuration in use. ``batch_share`` is the expected batch size over
 # the declared number of images that a trainee sees (1: full batches).
 SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "dp_lora": {
+        "mode": ("per_class", "shared"), "r": (1, 4, 8), "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),
+        "learning_rate": (1e-2, 3e-2, 6e-2, 1e-1), "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40),
+        "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
+    },
     "lora_non_private": {
         "r": (4, 8, 16), "learning_rate": (2e-3, 5e-3, 1e-2), "num_steps": (150, 300),
     },
@@ -122,7 +85,7 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 
 
 KNOBS = {"dp_deepsets": "sampling_steps", "nearest_public": "num_nearest"}
-TUNED = ("dp_deepsets", "nearest_public", "dp_lora", *SEARCH)
+TUNED = ("dp_deepsets", "nearest_public", *SEARCH)
 
 
 def candidates_for(method: str, start: Settings, count: int, epsilon: float, batch: float) -> list[Settings]:
@@ -130,8 +93,6 @@ def candidates_for(method: str, start: Settings, count: int, epsilon: float, bat
 
     ``batch`` is the declared number of images of one class.
     """
-    if method == "dp_lora":
-        return [start.with_config(method, epsilon, c) for c in dp_lora_candidates(count, batch=batch)]
     if method == "nearest_public":
         return [
             dataclasses.replace(start, num_nearest=m)

@@ -289,7 +289,7 @@ def load_adapter_mixture(
 
     ``base_model`` is what it was trained for, by default that of the weights ``glyphs``.
     """
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, "mixture.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("decoder") != "adapter_mixture":
         raise InputError(f"{str(name_or_path)!r} holds no mixture of adapters: give a folder this module made.")

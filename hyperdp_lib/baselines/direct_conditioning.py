@@ -275,7 +275,7 @@ def load_direct_conditioning(
     name_or_path: str | Path = "glyphs-conditioned", device: str = "cpu"
 ) -> ConditionedDenoiser:
     """The trained decoder, frozen, float32, in evaluation mode; shipped by name, or from a folder."""
-    folder = resolve(name_or_path)
+    folder = resolve(name_or_path, "conditioner.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("decoder") != "direct_conditioning":
         raise InputError(f"{str(name_or_path)!r} holds no direct conditioning: give a folder this module made.")
