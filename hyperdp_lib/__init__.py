@@ -21,6 +21,7 @@ The modules, in the order in which to read them:
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
+`refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
 `baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations
@@ -67,6 +68,7 @@ __all__ = [
     "mechanism",
     "notebook",
     "records",
+    "refinement",
     "release",
     "report",
     "strict_json",

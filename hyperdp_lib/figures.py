@@ -24,6 +24,7 @@ from .data import to_uint8
 _PALETTE = sns.color_palette("colorblind")
 METHOD_COLOURS = {
     "dp_deepsets": _PALETTE[0],
+    "dp_deepsets_refined": (0.10, 0.25, 0.55),
     "dp_hybrid": _PALETTE[9],
     "dp_lora": _PALETTE[3],
     "dp_ldm": _PALETTE[1],

@@ -20,6 +20,7 @@ from .records import load_records
 # method -> what the reader sees, in the order of every table and legend
 METHOD_LABELS = {
     "dp_deepsets": "DP-DeepSets",
+    "dp_deepsets_refined": "DP-DeepSets, refined",
     "dp_hybrid": "hybrid (sum then DP-SGD)",
     "dp_lora": "DP-SGD LoRA",
     "dp_ldm": "DP-LDM",
@@ -54,8 +55,8 @@ RIVALS = (
 )
 # every other private method that makes images: what the chapter on rivals compares ours with
 OTHER_METHODS = (
-    "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd", "direct_conditioning",
-    "adapter_mixture",
+    "dp_deepsets_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
+    "direct_conditioning", "adapter_mixture",
 )  # fmt: skip
 _VERDICTS = (
     "better",

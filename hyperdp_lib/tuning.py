@@ -51,6 +51,10 @@ def dressed_as_private(
 # What the random search draws from, besides the configuration in use. ``batch_share`` is the expected batch size over
 # the declared number of images that a trainee sees (1: full batches).
 SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "dp_deepsets_refined": {
+        "num_rounds": (6, 12, 24), "step_size": (0.2, 0.4, 0.7), "images_per_class": (30, 60, 120),
+        "sampling_steps": (5, 10),
+    },
     "dp_lora": {
         "mode": ("per_class", "shared"), "r": (1, 4, 8), "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),
         "learning_rate": (1e-2, 3e-2, 6e-2, 1e-1), "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40),

@@ -24,6 +24,7 @@ from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
 SETTINGS = Settings(
@@ -31,6 +32,7 @@ SETTINGS = Settings(
     configs={
         "dp_lora": {1.0: QUICK},
         "lora_non_private": {math.inf: QUICK},
+        "dp_deepsets_refined": {1.0: RefinementConfig(num_rounds=2, images_per_class=4, sampling_steps=2)},
         "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
@@ -38,7 +40,9 @@ SETTINGS = Settings(
         "dp_layer_search": {1.0: LayerSearchConfig(candidates=("attention",), num_steps=2, r=1, mean_trials=1.5)},
     },
 )  # fmt: skip
-NOISY_SUM = ("dp_deepsets", "nearest_public", "noisy_class_means", "direct_conditioning", "adapter_mixture")
+NOISY_SUM = (
+    "dp_deepsets", "dp_deepsets_refined", "nearest_public", "noisy_class_means", "direct_conditioning", "adapter_mixture"
+)  # fmt: skip
 
 
 class Tasks:
