@@ -56,7 +56,8 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "sampling_steps": (5, 10),
     },
     "dp_lora": {
-        "mode": ("per_class", "shared"), "r": (1, 4, 8), "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),
+        "mode": ("per_class", "shared"), "r": (1, 4, 8),
+        "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),
         "learning_rate": (1e-2, 3e-2, 6e-2, 1e-1), "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40),
         "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
     },

@@ -41,7 +41,8 @@ SETTINGS = Settings(
     },
 )  # fmt: skip
 NOISY_SUM = (
-    "dp_deepsets", "dp_deepsets_refined", "nearest_public", "noisy_class_means", "direct_conditioning", "adapter_mixture"
+    "dp_deepsets", "dp_deepsets_refined", "nearest_public", "noisy_class_means", "direct_conditioning",
+    "adapter_mixture",
 )  # fmt: skip
 
 
