@@ -78,6 +78,7 @@ class Certificate:
     ledger: tuple[LedgerEntry, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    post_processing: tuple[str, ...] = ()  # what was done to the release afterwards; costs nothing, says so
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -14,10 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from hyperdp_lib.adapter import Adapter
+from typing import Any, NoReturn
 
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 DEFAULT_HYPERNETWORK = "glyphs"
@@ -115,10 +112,11 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import data, diffusion, hypernetwork
+    from hyperdp_lib import data, diffusion, hypernetwork, release
 
     base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
-    adapter, class_names = _load_adapters(options.folder, base_model)
+    adapter = release.load_adapters(options.folder, base_model)
+    class_names = adapter.names if (options.folder / "classes").is_dir() else None
     base_model.to(options.device)
     # Adapters share the images equally, so draw the next multiple and drop the surplus class by class.
     num_adapters = len(adapter)
@@ -144,6 +142,45 @@ def _sample(options: argparse.Namespace) -> None:
         print(json.dumps({"written": written, "num_images": len(samples), "class_names": class_names}))
     else:
         print(f"wrote {len(samples)} images to {' and '.join(written)}")
+
+
+def _refine(options: argparse.Namespace) -> None:
+    _check_count("--num-rounds", options.num_rounds)
+    _check_count("--num-samples", options.num_samples, least=0)
+    _check_output(options.out, options.overwrite, folder_of="certificate.json")
+    _check_input(options.folder)
+    if options.out.resolve() == options.folder.resolve():
+        _refuse("--out is the release itself; choose another folder, and keep the original")
+    _check_device(options.device)
+    import dataclasses
+
+    import torch
+
+    from hyperdp_lib import hypernetwork, refinement, release
+
+    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
+    released = release.load_release(options.folder, base_model)
+    refined = refinement.refine_release(
+        released,
+        network.to(options.device),
+        base_model.to(options.device),
+        dataclasses.replace(refinement.RefinementConfig(), num_rounds=options.num_rounds),
+        generator=torch.Generator().manual_seed(options.seed),
+        progress=True,
+    )
+    release.save_release(
+        options.out,
+        refined,
+        base_model,
+        base_model_name=_base_model_name(options.hypernetwork),
+        num_samples=options.num_samples,
+        overwrite=options.overwrite,
+    )
+    if options.json:
+        print(json.dumps({"out": str(options.out), "post_processing": refined.certificate.post_processing}))
+    else:
+        print(f"wrote {options.out}")
+        print(refined.certificate.sentence)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -327,28 +364,6 @@ def _base_model_name(hypernetwork: str) -> str:
     return f"hyperdp_lib/weights/{hypernetwork}/base" if shipped.is_dir() else f"{hypernetwork}/base"
 
 
-def _load_adapters(folder: Path, base_model: Any) -> tuple[Adapter, tuple[str, ...] | None]:
-    """The adapter of an unlabelled release; or one per class, stacked, with the class names."""
-    from hyperdp_lib.adapter import concatenate, load_adapter
-    from hyperdp_lib.artefacts import CERTIFICATE_FILE, tensors_sha256
-    from hyperdp_lib.certificate import Certificate
-
-    class_names: tuple[str, ...] = ()
-    if (folder / CERTIFICATE_FILE).is_file():
-        try:
-            certificate = Certificate.from_json((folder / CERTIFICATE_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            _refuse(f"{CERTIFICATE_FILE} in {str(folder)!r} {error}; see hyperdp verify")
-        expected = certificate.base_model_sha256
-        if expected is not None and expected != tensors_sha256(base_model.state_dict()):
-            _refuse(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
-        class_names = certificate.class_names
-    if not class_names:
-        return load_adapter(folder, base_model), None
-    folders = [folder / "classes" / name for name in class_names]
-    return concatenate([load_adapter(path, base_model) for path in folders], class_names), class_names
-
-
 def _features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
         return Path(__file__).parent / "weights" / "glyphs" / "features.safetensors"
@@ -402,6 +417,17 @@ def _parser() -> _Parser:
     add("--overwrite", action="store_true", help="replace existing files")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print what was written as JSON")
+
+    add = command("refine", _refine, "decode a release again, better, at no further privacy cost")
+    add("folder", metavar="DIR", type=Path, help="a release; no private image is needed")
+    add("--num-rounds", type=int, default=12, help="comparisons of samples with the release; default: 12")
+    add("--seed", type=int, default=0, help="of the samples, public; default: 0")
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--overwrite", action="store_true", help="replace an earlier release in --out")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+    add("--json", action="store_true", help="print what was done as JSON")
 
     add = command("evaluate", _evaluate, "score samples against real images (a research metric, not DP)")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")

@@ -18,6 +18,7 @@ public tasks dressed as private ones (`hyperdp_lib.tuning`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ from tqdm import tqdm
 
 from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
+from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.data import InputError
+from hyperdp_lib.release import Release
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,41 @@ def refine(
         if number in counted:
             average += inputs / len(counted)
     return hypernetwork(average, noise_std, names).detach()
+
+
+def refine_release(
+    released: Release,
+    hypernetwork: Any,
+    base_model: nn.Module,
+    config: RefinementConfig | None = None,
+    *,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> Release:
+    """The release with refined adapters; its certificate gets a note, and every number in it stays.
+
+    Raises
+    ------
+    InputError
+        if the noisy sum was not made with this hypernetwork's encoder.
+    """
+    config = config or RefinementConfig()
+    statement = released.certificate
+    if statement.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()) or statement.noise_std is None:
+        raise InputError("the release was not made with this hypernetwork's encoder: name its own.")
+    adapter = refine(
+        released.noisy_sum,
+        statement.noise_std,
+        hypernetwork,
+        base_model,
+        config,
+        class_names=statement.class_names,
+        generator=generator,
+        progress=progress,
+    )
+    noted = dataclasses.replace(
+        statement,
+        hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
+        post_processing=(*statement.post_processing, config.note),
+    )
+    return Release(adapter, noted, released.noisy_sum)

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib import accounting, certificate, mechanism
-from hyperdp_lib.adapter import Adapter, save_adapter
-from hyperdp_lib.artefacts import EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
+from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
+from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, save_grid
 from hyperdp_lib.diffusion import sample
@@ -216,6 +218,56 @@ def save_release(
     return folder
 
 
+def load_release(folder: str | Path, base_model: nn.Module) -> Release:
+    """Inverse of `save_release`, for the base model it was made for.
+
+    It reads; whether the folder is what its certificate says is the question of `certificate.verify`.
+
+    Raises
+    ------
+    InputError
+        if a file is missing or damaged, or the release is for another base model.
+    """
+    folder = Path(folder)
+    statement = _read_certificate(folder)
+    if statement is None:
+        raise InputError(f"no release in {str(folder)!r}: give the --out folder of hyperdp release.")
+    try:
+        noisy_sum = load_file(str(folder / EMBEDDING_FILE))[EMBEDDING_TENSOR]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{EMBEDDING_FILE} in {str(folder)!r} is missing or damaged; see hyperdp verify") from error
+    return Release(load_adapters(folder, base_model), statement, noisy_sum)
+
+
+def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
+    """The adapters of a release, one for each class; or a plain PEFT folder's, if there is no certificate in it.
+
+    Raises
+    ------
+    InputError
+        if the folder cannot be read, or is for another base model.
+    """
+    folder = Path(folder)
+    statement = _read_certificate(folder)
+    names = statement.class_names if statement else ()
+    expected = statement.base_model_sha256 if statement else None
+    if expected is not None and expected != tensors_sha256(base_model.state_dict()):
+        raise InputError(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
+    if not names:
+        return load_adapter(folder, base_model)
+    return concatenate([load_adapter(folder / "classes" / name, base_model) for name in names], names)
+
+
+def _read_certificate(folder: Path) -> Certificate | None:
+    path = folder / CERTIFICATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Certificate.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{CERTIFICATE_FILE} in {str(folder)!r} {error}; see hyperdp verify") from error
+
+
 def _write_samples(path: Path, adapter: Adapter, base_model: nn.Module, num_samples: int) -> None:
     """A sheet with one row a class (or ten columns); the samples are post-processing, their seed is of no matter."""
     members = adapter.num_adapters
@@ -236,11 +288,12 @@ def model_card(
     what = f"class `{name}` of {len(statement.class_names)}" if name else "one unlabelled data set"
     shape: Any = base_model.config
     channels, size = shape.in_channels, shape.sample_size
+    afterwards = "".join(f"\nAfter the release: {note}." for note in statement.post_processing)
     return f"""{statement.sentence}
 
 LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}.
 Made from private images by one noisy sum of embeddings and a hypernetwork trained on public data.
-`certificate.json` says exactly what was released; `hyperdp verify` recomputes it.
+`certificate.json` says exactly what was released; `hyperdp verify` recomputes it.{afterwards}
 
 ```python
 import torch

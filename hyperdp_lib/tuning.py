@@ -66,15 +66,15 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
     "dp_ldm": {
         "mode": ("per_class", "shared"), "num_frozen_blocks": (0, 1), "feed_forward": (False, True),
-        "learning_rate": (3e-3, 1e-2, 3e-2), "clip_norm": (0.01, 0.1), "num_steps": (20, 40, 80), "noise_draws": (4, 8),
+        "learning_rate": (3e-3, 1e-2, 3e-2), "clip_norm": (0.01, 0.1), "num_steps": (20, 40), "noise_draws": (1, 4),
         "batch_share": (0.25, 1.0),
     },
     "dp_mepf": {
         "beta": (0.0, 0.5), "num_steps": (150, 400, 800), "learning_rate": (1e-3, 3e-3, 1e-2), "width": (16, 32),
     },
     "dp_layer_search": {
-        "mean_trials": (2.0, 5.0), "shape": (1.0, math.inf), "score_share": (0.1, 0.3), "learning_rate": (1e-2, 3e-2),
-        "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40), "noise_draws": (4, 8), "batch_share": (0.25, 1.0),
+        "mean_trials": (2.0, 3.0), "shape": (1.0, math.inf), "score_share": (0.1, 0.3), "learning_rate": (1e-2, 3e-2),
+        "clip_norm": (0.01, 0.1), "num_steps": (10, 20, 40), "noise_draws": (1, 4), "batch_share": (0.25, 1.0),
     },
     "dp_embedding_sgd": {
         "learning_rate": (0.03, 0.05, 0.1), "clip_norm": (0.3, 1.0), "num_steps": (30, 100), "noise_draws": (1, 4),

@@ -203,6 +203,31 @@ def test_verify_accepts_it_and_rejects_a_tampered_copy(released, tmp_path, capsy
     assert "README.md" in capsys.readouterr().out
 
 
+def test_a_release_is_refined_without_the_images_and_certified_as_before(released, weights, refused, tmp_path, capsys):
+    from hyperdp_lib.certificate import Certificate
+
+    out = tmp_path / "refined"
+    command = ["refine", str(released.folder), "--hypernetwork", weights, "--num-rounds", "1", "--num-samples", "0"]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    before, after = (
+        Certificate.from_json((folder / "certificate.json").read_text()) for folder in (released.folder, out)
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == after.sentence == before.sentence
+    assert after.ledger == before.ledger and after.noise_std == before.noise_std and before.post_processing == ()
+    (note,) = after.post_processing
+    assert "no further privacy cost" in note and note in (out / "classes" / "3" / "README.md").read_text()
+    assert cli.main(["verify", str(out)]) == 0
+    capsys.readouterr()
+    embeddings, factors = "embedding.safetensors", "classes/3/adapter_model.safetensors"
+    assert (out / embeddings).read_bytes() == (released.folder / embeddings).read_bytes()
+    assert (out / factors).read_bytes() != (released.folder / factors).read_bytes()
+    refused(*command, "--out", released.folder, "--overwrite", expect="is the release itself")
+    refused("refine", tmp_path / "nowhere", "--out", tmp_path / "x", expect="nowhere")
+    refused("refine", released.folder, "--out", tmp_path / "x", expect="another base model")
+    (out / embeddings).unlink()
+    refused("refine", out, *command[2:], "--out", tmp_path / "x", expect="missing or damaged")
+
+
 def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, capsys):
     out = tmp_path / "samples.npz"
     command = ["sample", str(released.folder), "--hypernetwork", weights, "--num-steps", "2"]
