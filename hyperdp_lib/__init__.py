@@ -27,6 +27,7 @@ The modules, in the order in which to read them:
 `theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
 `tuning`            settings of the comparison, found on public stand-ins
+`forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
 `report`            records -> tables and sentences
 `comparison_tables` the tables of the chapter on rivals
@@ -59,6 +60,7 @@ __all__ = [
     "embedding",
     "evaluation",
     "figures",
+    "forecast",
     "glyphs",
     "hypernetwork",
     "image_files",

@@ -249,6 +249,41 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"{len(paths)} records in {options.out} (research metrics, not DP)")
 
 
+def _forecast(options: argparse.Namespace) -> None:
+    _check_epsilon(options.epsilon)
+    _check_delta(options.delta)
+    for option in ("num_private", "classes", "num_images"):
+        _check_count("--" + option.replace("_", "-"), getattr(options, option))
+    _check_device(options.device)
+    from hyperdp_lib import forecast, tuning
+
+    made = forecast.forecast(
+        options.num_private,
+        options.epsilon,
+        num_classes=options.classes,
+        method=options.method,
+        coverage=options.coverage,
+        rehearsals=options.rehearsals,
+        num_images=options.num_images,
+        delta=options.delta,
+        neighboring_relation=options.neighboring_relation,
+        bench=tuning.public_bench(options.hypernetwork, device=options.device),
+        progress=True,
+    )
+    told = made.summary()
+    if options.json:
+        print(json.dumps(told, indent=1))
+        return
+    print(
+        f"{len(made.rehearsals)} rehearsals on public data; another such data set lies in each interval with "
+        f"probability {made.coverage:.0%}:"
+    )
+    for score in forecast.SCORES:
+        if told[score] is not None:
+            low, high = told[score]["interval"]
+            print(f"{score.replace('_', ' '):>16}  {told[score]['expected']:8.3g}   [{low:.3g}, {high:.3g}]")
+
+
 def _train(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import training
@@ -447,6 +482,20 @@ def _parser() -> _Parser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the records' paths as JSON")
+
+    add = command("forecast", _forecast, "what to expect of a release, from public data alone")
+    add("--num-private", type=int, required=True, help="declared number of private images")
+    add("--epsilon", type=float, required=True, help="privacy budget")
+    add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    add("--classes", type=int, default=1, help="classes that share the images; default: 1, unlabelled")
+    add("--method", default="dp_deepsets", help="default: dp_deepsets")
+    add("--coverage", type=float, default=0.8, help="of the intervals; default: 0.8")
+    add("--rehearsals", type=int, help="default: as few as the coverage needs, 9 for 0.8")
+    add("--num-images", type=int, default=400, help="samples scored in each rehearsal; default: 400")
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--device", default="cpu", help="cpu or cuda; default: cpu")
+    add("--json", action="store_true", help="print everything as JSON")
 
     add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
     add("--preset", required=True, metavar="NAME", help="for example: glyphs")

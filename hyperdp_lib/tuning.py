@@ -202,6 +202,27 @@ def _trial(
         found = json.loads(path.read_text(encoding="utf-8"))
         if {key: found.get(key) for key in asked} == asked:
             return found
+    started = time.perf_counter()
+    own = dataclasses.replace(bench, settings=settings)
+    scores = rehearse(
+        method, own, tasks, epsilon=epsilon, num_private=num_private, num_classes=num_classes, seed=seed
+    )
+    trial = {**asked, "scores": scores, "seconds": round(time.perf_counter() - started, 2)}
+    records.write_atomically(path, json.dumps(trial, indent=1) + "\n")
+    return trial
+
+
+def rehearse(
+    method: str,
+    bench: Bench,
+    tasks: controls.PublicTasks,
+    *,
+    epsilon: float,
+    num_private: int,
+    num_classes: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Scores of one method on one public stand-in; parameters as in `tune`.  ``seed`` decides the stand-in."""
     per_class = max(1, num_private // num_classes)
     # a reference for the Fréchet distance needs two images for each feature, in all
     enough = math.ceil(2 * bench.feature_network.dimension / num_classes)
@@ -213,14 +234,17 @@ def _trial(
         seed=seed,
     )
     reference = train if per_class >= enough else test
-    own = dataclasses.replace(
-        bench, private_train=train, private_test=test, private_reference=reference, settings=settings
-    )
-    started = time.perf_counter()
-    outcome = METHODS[method].run(own, epsilon, seed)
-    trial = {**asked, "scores": own.score(outcome), "seconds": round(time.perf_counter() - started, 2)}
-    records.write_atomically(path, json.dumps(trial, indent=1) + "\n")
-    return trial
+    own = dataclasses.replace(bench, private_train=train, private_test=test, private_reference=reference)
+    return own.score(METHODS[method].run(own, epsilon, seed))
+
+
+def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
+    """Models and settings that ship; its image sets are empty, for `rehearse` to fill with public stand-ins."""
+    base_model, network, features, settings = comparison.load_models(hypernetwork, None, device)
+    nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
+    bank = comparison.bank_source(None, network, settings)
+    models = public_models_source(base_model, network, lambda: comparison.public_images(bank()), device)
+    return Bench(base_model, network, features, bank, models, nothing, nothing, nothing, settings, device=device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,15 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hyperdp_lib.glyphs import GlyphTasks
 
     tasks = GlyphTasks(split="held_out")
-    base_model, network, features, start = comparison.load_models(options.hypernetwork, None, options.device)
-    shown = start.num_images
-    start = dataclasses.replace(start, num_images=options.num_images)
-    nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
-    bank = comparison.bank_source(None, network, start)
-    models = public_models_source(base_model, network, lambda: comparison.public_images(bank()), options.device)
-    bench = Bench(
-        base_model, network, features, bank, models, nothing, nothing, nothing, start, device=options.device
-    )
+    bench = public_bench(options.hypernetwork, device=options.device)
+    shown = bench.settings.num_images
+    start = dataclasses.replace(bench.settings, num_images=options.num_images)
     rehearsal: dict[str, Any] = dict(
         num_private=options.num_private,
         num_classes=options.num_classes,

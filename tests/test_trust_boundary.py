@@ -29,8 +29,8 @@ MAY_HOLD_PRIVATE_DATA = {
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "refinement", "training", "tuning", "glyphs", "records", "figures", "report", "comparison_tables",
-    "notebook", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
+    "hypernetwork", "refinement", "training", "tuning", "forecast", "glyphs", "records", "figures", "report",
+    "comparison_tables", "notebook", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "baselines")
