@@ -23,6 +23,7 @@ The modules, in the order in which to read them:
 `release`           the one composition of all of the above
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
+`auditing`          attacks on the mechanism, and the mutants they must catch
 `baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
@@ -51,6 +52,7 @@ __all__ = [
     "accounting",
     "adapter",
     "artefacts",
+    "auditing",
     "baselines",
     "certificate",
     "comparison",

@@ -309,6 +309,48 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _audit(options: argparse.Namespace) -> int:
+    _check_epsilon(options.epsilon)
+    _check_delta(options.delta)
+    _check_count("--trials", options.trials, least=1000)
+    from hyperdp_lib import auditing
+
+    if options.mutants:
+        return _audit_mutants(options)
+    made = auditing.audit(
+        options.epsilon,
+        delta=options.delta,
+        trials=options.trials,
+        neighboring_relation=options.neighboring_relation,
+    )
+    if options.json:
+        print(json.dumps(made.to_plain(), indent=1))
+    else:
+        print(
+            f"certified: epsilon {made.epsilon:g} at delta {made.delta:g}, mu {made.mu:.4f} "
+            f"({made.neighboring_relation})\n"
+            f"attacked {made.trials:,} times on each of two neighbouring data sets; "
+            f"with confidence {made.confidence:.0%}\n"
+            f"  mu is at least      {made.mu_lower_bound:.4f}  ({made.mu_lower_bound / made.mu:.0%} of the certified)\n"
+            f"  epsilon is at least {made.epsilon_lower_bound:.4f}  (cannot be tight at a small delta)\n"
+            + ("the claim stands" if made.passed else "THE CLAIM IS FALSE")
+        )
+    return 0 if made.passed else 1
+
+
+def _audit_mutants(options: argparse.Namespace) -> int:
+    from hyperdp_lib import auditing
+
+    table = auditing.inspect_all(progress=True)
+    if options.json:
+        print(json.dumps(table, indent=1))
+    else:
+        for name, caught in table.items():
+            print(f"{name:<40} {', '.join(caught) or '-'}")
+    intact, *broken = table.values()
+    return 0 if not intact and all(broken) else 1
+
+
 # ---- checks before any work --------------------------------------------------------------------------------
 
 
@@ -502,6 +544,14 @@ def _parser() -> _Parser:
     add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME")
     add("--restart", action="store_true", help="begin anew rather than resume")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
+
+    add = command("audit", _audit, "attack the mechanism and bound its privacy from below (exit code 1 if refuted)")
+    add("--epsilon", type=float, default=1.0, help="budget whose claim is attacked; default: 1")
+    add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    add("--trials", type=int, default=200_000, help="runs on each of two neighbouring data sets; default: 200000")
+    add("--mutants", action="store_true", help="show instead which checks catch which broken mechanism")
+    add("--json", action="store_true", help="print everything as JSON")
 
     add = command("verify", _verify, "recompute a release's certificate (exit code 1 and a list if it fails)")
     add("folder", metavar="DIR", type=Path, help="a release")

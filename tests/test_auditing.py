@@ -1,0 +1,203 @@
+"""The auditor: right on mechanisms of known privacy, silent on ours, and loud on every broken one."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hyperdp_lib import accounting, auditing, cli
+from hyperdp_lib.auditing import bounds, checks, mutants
+from hyperdp_lib.auditing.bounds import Counts
+from hyperdp_lib.auditing.pipeline import INTACT
+from hyperdp_lib.mechanism import GaussianSum
+
+# ---- bounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hits, trials", [(0, 50), (50, 50), (7, 50), (1, 10_000), (4321, 10_000)])
+def test_clopper_pearson_is_scipys(hits, trials):
+    low, high = bounds.clopper_pearson(hits, trials, 0.005)
+    known = stats.binomtest(hits, trials).proportion_ci(0.99, method="exact")
+    assert low == pytest.approx(known.low, abs=1e-12) and high == pytest.approx(known.high, abs=1e-12)
+
+
+@pytest.mark.parametrize("mu", [0.1, 0.5, 1.0, 3.0])
+def test_mu_is_bounded_from_below_as_often_as_promised_and_tightly(mu):
+    """Gaussian shifts of known mu, 2,000 audits: at most 1 % exceed mu (six standard errors allowed: 2.4 %)."""
+    rng = np.random.default_rng(int(10 * mu))
+    trials = 20_000
+    false_rate, true_rate = stats.norm.sf(0.5), stats.norm.sf(0.5 - mu)
+    found = np.array(
+        [
+            bounds.mu_lower_bound(Counts(a, trials, b, trials))
+            for a, b in zip(rng.binomial(trials, false_rate, 2000), rng.binomial(trials, true_rate, 2000), strict=True)
+        ]
+    )
+    assert (found > mu).mean() <= 0.01 + 6 * 0.0023
+    error = sum(  # of each normal score, by the delta method
+        math.sqrt(rate * (1 - rate) / trials) / stats.norm.pdf(stats.norm.ppf(rate)) for rate in (false_rate, true_rate)
+    )
+    assert np.median(found) >= mu - 1.2 * stats.norm.isf(0.005) * error
+
+
+def test_epsilon_of_randomised_response_is_found():
+    """In with probability e/(1+e) or 1/(1+e): exactly 1-DP, and the attack is its output."""
+    rng = np.random.default_rng(0)
+    high, trials = math.e / (1 + math.e), 100_000
+    found = [
+        bounds.epsilon_lower_bound(
+            Counts(rng.binomial(trials, 1 - high), trials, rng.binomial(trials, high), trials), delta=0.0
+        )
+        for _ in range(1000)
+    ]
+    assert np.mean(np.array(found) > 1.0) <= 0.01 + 6 * 0.0031 and np.median(found) > 0.95
+
+
+def test_the_bound_of_epsilon_cannot_be_tight_for_a_gaussian_and_says_less_than_mu():
+    mu = 1 / accounting.noise_multiplier(1.0, 1e-5)
+    best = max(  # at the true rates, with no error of counting at all
+        math.log((stats.norm.sf(t - mu) - 1e-5) / stats.norm.sf(t)) for t in np.linspace(-2, 3.5, 500)
+    )
+    assert best < 1.0  # three in ten thousand runs would have to fall beyond 3.5
+
+
+@pytest.mark.parametrize("correct, guesses", [(100, 100), (60, 100), (900, 1000)])
+def test_one_run_without_delta_is_the_binomial_bound(correct, guesses):
+    epsilon = bounds.one_run_epsilon(correct, guesses, 2000, 0.0)
+    if epsilon == 0.0:
+        assert stats.binom.sf(correct - 1, guesses, 0.5) > 0.01
+    else:
+        assert stats.binom.sf(correct - 1, guesses, 1 / (1 + math.exp(-epsilon))) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_one_run_stays_below_the_epsilon_of_randomised_response():
+    rng = np.random.default_rng(1)
+    right = rng.binomial(1000, math.e / (1 + math.e), size=300)
+    found = np.array([bounds.one_run_epsilon(int(v), 1000, 1000, 1e-5) for v in right])
+    assert (found > 1.0).mean() <= 0.01 + 6 * 0.0058 and 0.7 < np.median(found) < 1.0
+    with_delta = bounds.one_run_epsilon(700, 1000, 1000, 1e-3)
+    assert with_delta < bounds.one_run_epsilon(700, 1000, 1000, 1e-9)
+    with pytest.raises(ValueError, match="correct <= guesses"):
+        bounds.one_run_epsilon(11, 10, 100, 1e-5)
+
+
+# ---- the intact mechanism ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_the_audit_stays_within_the_claim_and_comes_near_it(relation):
+    made = auditing.audit(4.0, trials=20_000, neighboring_relation=relation)
+    assert made.passed and 0.8 * made.mu < made.mu_lower_bound <= made.mu
+    assert 0 < made.epsilon_lower_bound < 4.0
+
+
+def test_every_check_passes_on_the_intact_pipeline():
+    found = auditing.inspect()
+    assert [name for name, finding in found.items() if finding.broken] == []
+    assert set(found) == set(checks.CHECKS) and all(finding.evidence for finding in found.values())
+
+
+def test_statistical_checks_are_not_blind_to_small_errors():
+    """Noise 10 % too small, a tenth of it shared: both are seen, with the sizes the checks use."""
+
+    def smaller(batches, config, *, seed=None):
+        return INTACT.noisy_sum(batches, replace(config, noise_multiplier=0.9 * config.noise_multiplier), seed=seed)
+
+    def shared(batches, config, *, seed=None):
+        noisy = INTACT.noisy_sum(batches, config, seed=seed)
+        return noisy + 0.6 * config.noise_std * np.random.default_rng(seed).normal(size=config.dimension)
+
+    assert checks.noise_law(replace(INTACT, noisy_sum=smaller)).broken
+    assert checks.noise_independence(replace(INTACT, noisy_sum=shared)).broken
+
+
+def test_the_stated_multiplier_is_the_accountants():
+    for epsilon in (0.5, 1.0, 16.0):
+        assert checks.stated_multiplier(epsilon) == pytest.approx(accounting.noise_multiplier(epsilon, 1e-5), rel=1e-6)
+
+
+# ---- mutants -------------------------------------------------------------------------------------------------
+
+CAUGHT_BY = {
+    "no clip": {"sensitivity", "distinguishing"},
+    "clip after the sum": {"sensitivity"},
+    "half noise": {"noise law", "distinguishing"},
+    "noise reused across classes": {"noise independence"},
+    "divided by the true count": {"additivity"},
+    "batch statistics in the encoder": {"one image at a time"},
+    "NaN passes the clip": {"poisoning"},
+    "add/remove noise sold as replace-one": {"noise law", "distinguishing"},
+    "replace-one noise sold as add/remove": {"noise law"},
+    "classical Gaussian at large epsilon": {"calibration", "distinguishing"},
+    "float accumulation": {"order"},
+    "seed left fixed": {"noise independence"},
+    "private mean-centring": {"sensitivity", "additivity"},
+}
+
+
+def test_there_is_an_expectation_for_each_mutant():
+    assert set(CAUGHT_BY) == set(mutants.MUTANTS) and len(CAUGHT_BY) >= 12
+
+
+@pytest.mark.parametrize("name", CAUGHT_BY)
+def test_every_mutant_is_caught(name):
+    for check in CAUGHT_BY[name]:
+        assert checks.CHECKS[check](mutants.MUTANTS[name]).broken, f"{check} does not see it"
+
+
+def test_the_audit_refutes_half_the_noise():
+    made = auditing.audit(1.0, trials=10_000, pipeline=mutants.MUTANTS["half noise"])
+    assert not made.passed and made.mu_lower_bound > 1.5 * made.mu
+
+
+def test_an_error_counts_as_broken():
+    def raises(batches, config, *, seed=None):
+        raise ValueError("no")
+
+    found = auditing.inspect(replace(INTACT, noisy_sum=raises))
+    assert found["sensitivity"].broken and "ValueError: no" in found["order"].evidence
+    assert not found["calibration"].broken
+
+
+def test_the_attack_searches_for_the_example_that_moves_the_sum_most():
+    config = GaussianSum(4, 1.0)
+    example, direction = checks.worst_example(INTACT, config)
+    assert np.linalg.norm(INTACT.exact_sum([(example[None], None)], config)) > 1 - 1e-5
+    assert np.linalg.norm(direction) == pytest.approx(1.0)
+    unclipped, _ = checks.worst_example(mutants.MUTANTS["no clip"], config)
+    assert np.linalg.norm(unclipped) > 1e5
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_documented_keys(capsys):
+    assert cli.main(["audit", "--epsilon", "2", "--trials", "2000", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    documented = "epsilon delta mu mu_lower_bound epsilon_lower_bound confidence trials".split()
+    assert set(documented) <= set(printed) and printed["trials"] == 2000 and printed["passed"]
+    assert cli.main(["audit", "--trials", "2000"]) == 0
+    assert "the claim stands" in capsys.readouterr().out
+    assert cli.main(["audit", "--trials", "10"]) == 2
+
+
+def test_the_command_fails_when_a_claim_is_refuted(monkeypatch, capsys):
+    original = auditing.audit
+    broken = mutants.MUTANTS["half noise"]
+    monkeypatch.setattr(auditing, "audit", lambda epsilon, **asked: original(epsilon, pipeline=broken, **asked))
+    assert cli.main(["audit", "--trials", "5000"]) == 1
+    assert "THE CLAIM IS FALSE" in capsys.readouterr().out
+
+
+def test_the_table_of_mutants(monkeypatch, capsys):
+    monkeypatch.setattr(checks, "CHECKS", {"order": checks.order})
+    half = {"half noise": mutants.MUTANTS["half noise"]}
+    monkeypatch.setattr(mutants, "MUTANTS", {"float accumulation": mutants.MUTANTS["float accumulation"]})
+    assert cli.main(["audit", "--mutants"]) == 0
+    assert "float accumulation" in capsys.readouterr().out
+    monkeypatch.setattr(mutants, "MUTANTS", half)
+    assert cli.main(["audit", "--mutants", "--json"]) == 1  # the order of the sum is no test of its noise
+    assert json.loads(capsys.readouterr().out) == {"intact": [], "half noise": []}
