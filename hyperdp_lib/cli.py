@@ -317,6 +317,8 @@ def _audit(options: argparse.Namespace) -> int:
 
     if options.mutants:
         return _audit_mutants(options)
+    if options.dp_sgd:
+        return _audit_dp_sgd(options)
     made = auditing.audit(
         options.epsilon,
         delta=options.delta,
@@ -333,6 +335,25 @@ def _audit(options: argparse.Namespace) -> int:
             f"with confidence {made.confidence:.0%}\n"
             f"  mu is at least      {made.mu_lower_bound:.4f}  ({made.mu_lower_bound / made.mu:.0%} of the certified)\n"
             f"  epsilon is at least {made.epsilon_lower_bound:.4f}  (cannot be tight at a small delta)\n"
+            + ("the claim stands" if made.passed else "THE CLAIM IS FALSE")
+        )
+    return 0 if made.passed else 1
+
+
+def _audit_dp_sgd(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from hyperdp_lib.auditing import canaries
+
+    made = canaries.audit_dp_sgd(options.epsilon, delta=options.delta)
+    if options.json:
+        print(json.dumps({**asdict(made), "passed": made.passed}, indent=1))
+    else:
+        print(
+            f"certified: epsilon {made.epsilon:g} at delta {made.delta:g} (DP-SGD, {made.neighboring_relation})\n"
+            f"{made.num_canaries:,} canaries, one run: {made.correct} of {made.guesses} guesses right; "
+            f"with confidence {made.confidence:.0%}\n"
+            f"  epsilon is at least {made.epsilon_lower_bound:.4f}\n"
             + ("the claim stands" if made.passed else "THE CLAIM IS FALSE")
         )
     return 0 if made.passed else 1
@@ -550,6 +571,7 @@ def _parser() -> _Parser:
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--trials", type=int, default=200_000, help="runs on each of two neighbouring data sets; default: 200000")
+    add("--dp-sgd", action="store_true", help="audit the DP-SGD of the rivals instead, in one run of 1000 canaries")
     add("--mutants", action="store_true", help="show instead which checks catch which broken mechanism")
     add("--json", action="store_true", help="print everything as JSON")
 

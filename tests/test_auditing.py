@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 
 from hyperdp_lib import accounting, auditing, cli
-from hyperdp_lib.auditing import bounds, checks, mutants
+from hyperdp_lib.auditing import bounds, canaries, checks, mutants
 from hyperdp_lib.auditing.bounds import Counts
 from hyperdp_lib.auditing.pipeline import INTACT
+from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.mechanism import GaussianSum
 
 # ---- bounds ----------------------------------------------------------------------------------------------
@@ -171,6 +172,29 @@ def test_the_attack_searches_for_the_example_that_moves_the_sum_most():
     assert np.linalg.norm(unclipped) > 1e5
 
 
+# ---- DP-SGD, in one run ----------------------------------------------------------------------------------------
+
+
+def test_one_run_of_dp_sgd_stays_within_its_claim_and_sees_something():
+    made = canaries.audit_dp_sgd(16.0, seed=0)
+    assert made.passed and made.epsilon_lower_bound > 2 and made.guesses == 200
+    strict = canaries.audit_dp_sgd(1.0, seed=0)
+    assert strict.passed and strict.epsilon_lower_bound < made.epsilon_lower_bound
+    assert canaries.audit_dp_sgd(4.0, num_canaries=200).passed  # coins and noise from the operating system
+
+
+def test_one_run_refutes_a_tenth_of_the_noise(monkeypatch):
+    original = dp_sgd.privacy_plan
+
+    def careless(*args, **kwargs):
+        plan = original(*args, **kwargs)
+        return replace(plan, noise_std=plan.noise_std / 10)
+
+    monkeypatch.setattr(canaries.dp_training.dp_sgd, "privacy_plan", careless)
+    made = canaries.audit_dp_sgd(1.0, seed=0)
+    assert not made.passed and made.correct > 180
+
+
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
@@ -182,6 +206,8 @@ def test_the_command_prints_the_documented_keys(capsys):
     assert cli.main(["audit", "--trials", "2000"]) == 0
     assert "the claim stands" in capsys.readouterr().out
     assert cli.main(["audit", "--trials", "10"]) == 2
+    assert cli.main(["audit", "--epsilon", "8", "--dp-sgd"]) == 0
+    assert "1,000 canaries, one run" in capsys.readouterr().out
 
 
 def test_the_command_fails_when_a_claim_is_refuted(monkeypatch, capsys):
