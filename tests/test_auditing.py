@@ -227,3 +227,21 @@ def test_the_table_of_mutants(monkeypatch, capsys):
     monkeypatch.setattr(mutants, "MUTANTS", half)
     assert cli.main(["audit", "--mutants", "--json"]) == 1  # the order of the sum is no test of its noise
     assert json.loads(capsys.readouterr().out) == {"intact": [], "half noise": []}
+
+
+def test_the_records_are_made_once(tmp_path, monkeypatch):
+    from hyperdp_lib.auditing.__main__ import main
+
+    monkeypatch.setattr(checks, "CHECKS", {"order": checks.order})
+    monkeypatch.setattr(mutants, "MUTANTS", {"float accumulation": mutants.MUTANTS["float accumulation"]})
+    asked = ["--out", str(tmp_path), "--trials", "1000", "--repetitions", "2"]
+    monkeypatch.setattr(canaries, "audit_dp_sgd", lambda *args, **kwargs: one_run)
+    one_run = canaries.CanaryAudit(1.0, 1e-5, 0.2, 0.99, 1000, 200, 120, "add_or_remove_one")
+    assert main(asked) == 0
+    made = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(made) == {"release", "dp_sgd", "mutants", "intact"}
+    assert len(made["release"]["result"]) == 6 and made["intact"]["result"]["flagged"] == 0
+    assert all("commit" in one["provenance"] for one in made.values())
+    broken = {**made["intact"], "result": {**made["intact"]["result"], "flagged": 1}}
+    (tmp_path / "intact.json").write_text(json.dumps(broken))
+    assert main(asked) == 1  # read, not made again
