@@ -135,6 +135,7 @@ def _with_noise_of(relation: str, stated: str):
         used = relation if config.neighboring_relation == stated else config.neighboring_relation
         return mechanism.noisy_sum(private_batches, replace(config, neighboring_relation=used), seed=seed)
 
+    noisy_sum.__doc__ = f"The noise that {relation} needs, under a certificate that says {stated}."
     return noisy_sum
 
 
