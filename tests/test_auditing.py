@@ -59,10 +59,13 @@ def test_epsilon_of_randomised_response_is_found():
 
 def test_the_bound_of_epsilon_cannot_be_tight_for_a_gaussian_and_says_less_than_mu():
     mu = 1 / accounting.noise_multiplier(1.0, 1e-5)
-    best = max(  # at the true rates, with no error of counting at all
-        math.log((stats.norm.sf(t - mu) - 1e-5) / stats.norm.sf(t)) for t in np.linspace(-2, 3.5, 500)
-    )
-    assert best < 1.0  # three in ten thousand runs would have to fall beyond 3.5
+    runs = 200_000  # with counts exactly as expected
+    counts = [
+        Counts(round(runs * stats.norm.sf(t)), runs, round(runs * stats.norm.sf(t - mu)), runs)
+        for t in np.linspace(0, 4, 161)
+    ]
+    assert max(bounds.epsilon_lower_bound(one, 1e-5) for one in counts) < 0.7
+    assert max(map(bounds.mu_lower_bound, counts)) > 0.9 * mu
 
 
 @pytest.mark.parametrize("correct, guesses", [(100, 100), (60, 100), (900, 1000)])

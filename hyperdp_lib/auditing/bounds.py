@@ -6,9 +6,9 @@ An attacker sees one release and says *in* or *out*. Let ``a`` be how often it s
 small mu, and small epsilon. Both rates are replaced by Clopper-Pearson bounds in the direction that favours the
 mechanism, so that nothing is assumed about the distribution of anything.
 
-For a Gaussian release the first bound is tight at every threshold, the second at one only, where ``a`` is about delta:
-at delta = 1e-5 no feasible number of runs can see that point, so the second bound stays well below the truth. That is a
-limit of auditing, not a margin of safety.
+For a Gaussian release the first bound is tight at every threshold, the second at one only, far out in the tail: at
+epsilon = 1 and delta = 1e-5 the attacker says *in* wrongly once in 18,000 runs there, so that even 200,000 runs count a
+dozen events, and the second bound stays well below the truth. That is a limit of auditing, not a margin of safety.
 """
 
 from __future__ import annotations
