@@ -168,14 +168,13 @@ def commands(scores: pd.DataFrame) -> str:
 
 
 def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
-    """What the README says about the results: two tables and, for each rival, where the method wins and loses."""
+    """What the README says about the results: two tables, and who wins at the budgets all methods ran at."""
     chosen = select(scores, pair)
     if chosen.empty:
         return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
     tables = [score_table(chosen, pair, score) for score in ("accuracy", "frechet_distance")]
-    bullets = [f"- {verdicts(chosen, score, 'dp_deepsets', other)}" for other, score in RIVALS]
     seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {numbers(chosen['num_private'])}."
-    return "\n\n".join([*tables, seeds, "\n".join(bullets)])
+    return "\n\n".join([*tables, seeds, standings(chosen)])
 
 
 def training_table(manifest: Mapping[str, Any]) -> str:
@@ -275,6 +274,17 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
     heads |= {"too few seeds to tell": "on too few seeds to tell are", "not on record": "not on record are"}
     parts = [f"{heads[key]} {', '.join(found[key])}" for key in (*_VERDICTS, "not on record") if key in found]
     return f"{where}, where {our_label} has {value(mine, score)}: {'; '.join(parts)}."
+
+
+def standings(scores: pd.DataFrame, epsilons: Iterable[float] = (1.0, 10.0)) -> str:
+    """A list of sentences (`standing`): ours, plain and refined, against every other method that makes images."""
+    others = (*OTHER_METHODS, "nearest_public")
+    return "\n".join(
+        f"- {standing(scores, score, ours, [other for other in others if other != ours], epsilon)}"
+        for ours in ("dp_deepsets", "dp_deepsets_refined")
+        for epsilon in epsilons
+        for score in ("frechet_distance", "accuracy")
+    )
 
 
 def score_name(score: str) -> str:

@@ -120,7 +120,7 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Pa
     assert report.main([str(readme), "--records", str(folder)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| DP-SGD LoRA | 0.21 ± 0.01 |" in text and "better at ε = 1" in text
+    assert "| DP-SGD LoRA | 0.21 ± 0.01 |" in text and "worse are DP-SGD LoRA (0.21 ± 0.01)" in text
     report.main([str(readme), "--records", str(folder)])
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text("no markers", encoding="utf-8")
@@ -162,6 +162,14 @@ def test_every_method_has_a_label_and_a_colour_of_its_own() -> None:
     colours = [tuple(round(part, 2) for part in colour) for colour in figures.METHOD_COLOURS.values()]
     assert len(set(colours)) == len(colours)
     assert set(report.OTHER_METHODS) <= set(report.METHOD_LABELS)
+
+
+def test_standings_tell_both_of_ours_against_all_others(folder: Path) -> None:
+    lines = report.standings(load_records(folder), epsilons=(1.0,)).splitlines()
+    assert len(lines) == 4 and all(line.startswith("- ") for line in lines)
+    plain, refined = lines[0], lines[2]
+    assert "where DP-DeepSets has" in plain and "worse are DP-SGD LoRA" in plain and "nearest public data" in plain
+    assert "DP-DeepSets, refined" in plain and refined.endswith("nothing on record for DP-DeepSets, refined.")
 
 
 def test_standing_names_who_beats_ours(folder: Path) -> None:
