@@ -24,6 +24,7 @@ The modules, in the order in which to read them:
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
 `auditing`          attacks on the mechanism, and the mutants they must catch
+`private_scores`    scores that may be published: noisy, and charged
 `baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
@@ -71,6 +72,7 @@ __all__ = [
     "lora_products",
     "mechanism",
     "notebook",
+    "private_scores",
     "records",
     "refinement",
     "release",

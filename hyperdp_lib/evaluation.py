@@ -223,17 +223,24 @@ def downstream_accuracy(
     The classifier is scikit-learn's support vector machine with a Gaussian kernel on pixels, ``C=10`` and
     ``gamma="scale"`` fixed beforehand, so nothing is tuned on private images.
     """
+    if len(private_test_images) != len(private_test_labels):
+        raise InputError("images and labels differ in length: give one label for each image.")
+    predicted = predict(samples, labels, private_test_images)
+    return float((predicted == private_test_labels.cpu().numpy()).mean())
+
+
+def predict(samples: Tensor, labels: Tensor, private_test_images: Tensor) -> np.ndarray:
+    """Labels ``(N,)`` that the classifier of `downstream_accuracy` gives to private images, each for itself."""
     from sklearn.svm import SVC
 
     _check_images(samples, "samples")
     _check_images(private_test_images, "private_test_images")
-    if len(samples) != len(labels) or len(private_test_images) != len(private_test_labels):
+    if len(samples) != len(labels):
         raise InputError("images and labels differ in length: give one label for each image.")
     if len(torch.unique(labels)) < 2:
         raise InputError("the samples have one class only: downstream accuracy needs two or more.")
     classifier = SVC(C=10.0, gamma="scale").fit(samples.flatten(1).cpu().numpy(), labels.cpu().numpy())
-    predicted = classifier.predict(private_test_images.flatten(1).cpu().numpy())
-    return float((predicted == private_test_labels.cpu().numpy()).mean())
+    return classifier.predict(private_test_images.flatten(1).cpu().numpy())
 
 
 def memorisation(

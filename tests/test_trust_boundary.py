@@ -22,6 +22,7 @@ MAY_HOLD_PRIVATE_DATA = {
     "image_files": "decodes those files for `data`",
     "baselines": "the rivals and controls, which stand where `release` stands",
     "evaluation": "research metrics on private test data, labelled as not differentially private",
+    "private_scores": "scores by the mechanism, charged",
     "comparison": "hands private sets to `release`, `baselines` and `evaluation`",
     "cli": "hands a user's private images to `release` and `comparison`",
     "auditing": "attacks mechanisms with neighbouring data sets it makes up",
@@ -33,7 +34,7 @@ NEVER_PRIVATE = (
     "comparison_tables", "notebook", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
-BOUNDARY = ("mechanism", "release", "baselines")
+BOUNDARY = ("mechanism", "release", "baselines", "private_scores")
 BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", "num_private", "rows"}
 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
@@ -51,7 +52,8 @@ ALLOWED_IMPORTS = {
     "verification": {"numpy", "safetensors", "dp_accounting", "artefacts", "certificate", "ledger"},
 }
 # Only these may call the mechanism; only it may draw noise from OpenDP.
-MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing", "theory"}  # theory: on synthetic tasks
+# theory: on synthetic tasks
+MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing", "private_scores", "theory"}
 CODE_EXECUTION = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 
