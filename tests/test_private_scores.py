@@ -38,16 +38,16 @@ def test_accuracy_without_noise_is_the_accuracy():
 
 
 def test_accuracy_is_as_noisy_as_it_says_and_as_charged(monkeypatch):
-    """400 scores of one set: spread within 20 % (six standard errors), mean within six of its own."""
+    """150 scores of one set: spread within 35 % (six standard errors), mean within six of its own."""
     samples, labels = labelled(100, 0)
     images, truth = labelled(300, 1)
     fixed = evaluation.predict(samples, labels, images)
     monkeypatch.setattr(private_scores.evaluation, "predict", lambda *args: fixed)
-    found = [private_accuracy(samples, labels, images, truth, epsilon=2.0) for _ in range(400)]
+    found = [private_accuracy(samples, labels, images, truth, epsilon=2.0) for _ in range(150)]
     values = np.array([score.value for score in found])
     said = np.mean([score.standard_error for score in found])
     exact = float((fixed == truth.numpy()).mean())
-    assert abs(values.std() / said - 1) < 0.21 and abs(values.mean() - exact) < 6 * said / 20
+    assert abs(values.std() / said - 1) < 0.35 and abs(values.mean() - exact) < 6 * said / 150**0.5
     charge = found[0].charge
     assert charge.noise_multiplier == pytest.approx(accounting.noise_multiplier(2.0, 1e-5))
     assert charge.epsilon == pytest.approx(2.0, rel=1e-6) and not found[0].demonstration
@@ -72,11 +72,11 @@ def test_frechet_distance_without_noise_is_that_of_the_projected_features():
 
 
 def test_a_perfect_match_reads_the_noise_floor_and_a_bad_one_more():
-    samples = drawn(4000, 0)
-    match = [private_frechet_distance(samples, drawn(4000, 1), NETWORK, epsilon=2.0, dimensions=2) for _ in range(20)]
+    samples = drawn(2000, 0)
+    match = [private_frechet_distance(samples, drawn(2000, 1), NETWORK, epsilon=4.0, dimensions=2) for _ in range(12)]
     floor, error = match[0].noise_floor, match[0].standard_error
-    assert abs(np.mean([score.value for score in match]) - floor) < 6 * error / math.sqrt(20) + 0.005
-    far = private_frechet_distance(samples, drawn(4000, 2, shift=0.4), NETWORK, epsilon=2.0, dimensions=2)
+    assert abs(np.mean([score.value for score in match]) - floor) < 6 * error / math.sqrt(12) + 0.005
+    far = private_frechet_distance(samples, drawn(2000, 2, shift=0.4), NETWORK, epsilon=4.0, dimensions=2)
     assert far.value > floor + 6 * error
 
 
