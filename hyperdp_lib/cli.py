@@ -222,6 +222,7 @@ def _compare(options: argparse.Namespace) -> None:
         _check_epsilon(epsilon)
     _check_delta(options.delta)
     _check_count("--seeds", options.seeds)
+    _check_count("--jobs", options.jobs)
     if options.num_private is not None:
         _check_count("--num-private", options.num_private)
     if os.path.lexists(options.out) and not options.out.is_dir():
@@ -242,6 +243,7 @@ def _compare(options: argparse.Namespace) -> None:
         lookalikes=options.lookalikes,
         out=options.out,
         device=options.device,
+        jobs=options.jobs,
     )
     if options.json:
         print(json.dumps({"records": [str(path) for path in paths]}))
@@ -543,6 +545,7 @@ def _parser() -> _Parser:
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
+    add("--jobs", type=int, default=1, help="processes that share the work, one thread each; default: 1")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the records' paths as JSON")
 

@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def compare(
     pair: str | None = None,
     device: str = "cpu",
     command: str | None = None,
+    jobs: int = 1,
 ) -> list[Path]:
     """Run the missing cells of a grid and write a record for each.
 
@@ -79,6 +82,9 @@ def compare(
         Default: those that ship with the hypernetwork, else `Settings()`.
     public_models : callable, optional
         See `methods.Bench`; default the rivals' models that ship with the library.
+    jobs : int
+        Processes, each with one thread, that share the cells. The steps of a training are too short for several threads
+        to help one another much.
 
     Returns
     -------
@@ -89,16 +95,131 @@ def compare(
     budgets = tuple(float(epsilon) for epsilon in epsilons)
     if any(not (0 < epsilon < math.inf) for epsilon in budgets):
         raise InputError(f"every epsilon must be positive and finite, got {budgets}.")
+    if jobs < 1:
+        raise InputError(f"jobs must be at least 1, got {jobs}.")
+    setting = functools.partial(
+        _set_up,
+        private,
+        num_private=num_private,
+        delta=delta,
+        neighboring_relation=neighboring_relation,
+        hypernetwork=hypernetwork,
+        feature_network=feature_network,
+        tasks=tasks,
+        lookalikes=lookalikes,
+        settings=settings,
+        public_models=public_models,
+        pair=pair,
+        device=device,
+    )
+    grid = setting()
+    cells = [
+        (method, epsilon, seed)
+        for seed in seeds
+        for method in chosen
+        for epsilon in (*(budgets if METHODS[method].private else ()), *METHODS[method].also)
+    ]
+    paths = [grid.path(out, *cell) for cell in cells]
+    for path in paths:
+        if path.exists():
+            grid.require_same(path)
+    missing = [cell for path, cell in zip(paths, cells, strict=True) if not path.exists()]
+    first_seed = cells[0][2] if cells else 0
+    bar = tqdm(total=len(cells), initial=len(cells) - len(missing), desc="compare", unit="cell", disable=None)
+    with bar:
+        if jobs == 1:
+            for method, epsilon, seed in missing:
+                bar.set_postfix_str(f"{method} eps {epsilon:g} seed {seed}")
+                grid.run(method, epsilon, seed, out, command, sheet=seed == first_seed)
+                bar.update()
+            return paths
+        # spawned, not forked: a fork of a process whose thread pool has run may hang
+        context = torch.multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(setting,)) as pool:
+            waiting = {
+                pool.submit(_run_in_worker, *cell, out, command, cell[2] == first_seed): cell for cell in missing
+            }
+            for finished in as_completed(waiting):
+                finished.result()
+                bar.update()
+    return paths
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """What all cells share."""
+
+    bench: Bench
+    pair: str
+    num_private: int
+    fixed: Mapping[str, Any]
+
+    def path(self, out: str | Path, method: str, epsilon: float, seed: int) -> Path:
+        return Path(out) / f"{records.cell_name(self.pair, method, epsilon, self.num_private, seed)}.json"
+
+    def require_same(self, path: Path) -> None:
+        """A record that is kept must be of the same comparison."""
+        record = Record.from_json(path.read_text(encoding="utf-8"))
+        same = {name: record.settings.get(name) for name in self.fixed} == dict(self.fixed)
+        budget = (self.bench.delta, self.bench.neighboring_relation)
+        if not same or (record.delta, record.neighboring_relation) != budget:
+            raise InputError(
+                f"{path.name} was made with other weights, delta or neighbouring relation: "
+                "choose another --out, or delete the old records."
+            )
+
+    def run(
+        self, method: str, epsilon: float, seed: int, out: str | Path, command: str | None, *, sheet: bool
+    ) -> None:
+        """Run one cell, score it, write its record and perhaps a sheet of samples."""
+        started = datetime.now(UTC)
+        private = self.bench.private_train
+        own = dataclasses.replace(self.bench, private_train=subset(private, self.num_private, seed))
+        outcome = METHODS[method].run(own, epsilon, seed)
+        Record(
+            pair=self.pair,
+            method=method,
+            epsilon=epsilon,
+            delta=own.delta,
+            neighboring_relation=own.neighboring_relation,
+            num_private=self.num_private,
+            seed=seed,
+            scores=own.score(outcome),
+            seconds={name: round(value, 3) for name, value in outcome.seconds.items()},
+            trained_parameters=outcome.trained_parameters,
+            noise_dimension=outcome.noise_dimension,
+            num_releases=outcome.num_releases,
+            settings={**self.fixed, "sampling_steps": own.settings.sampling_steps, **outcome.settings},
+            provenance=records.provenance(command, own.device, started),
+        ).save(out)
+        if outcome.images is not None and sheet:
+            labels = outcome.labels if private.class_names else None
+            drawn = ImageSet(outcome.images, labels, private.class_names)
+            picture = self.path(out, method, epsilon, seed).with_suffix(".png")
+            data.save_grid(picture, drawn, columns=20, rows=10)
+
+
+def _set_up(
+    private: str | Path | tuple[ImageSet, ImageSet],
+    *,
+    num_private: int | None,
+    delta: float,
+    neighboring_relation: str,
+    hypernetwork: str | Path | tuple[nn.Module, Any],
+    feature_network: evaluation.FeatureNetwork | None,
+    tasks: controls.PublicTasks | None,
+    lookalikes: bool,
+    settings: Settings | None,
+    public_models: Callable[[str], tuple[Any, ...]] | None,
+    pair: str | None,
+    device: str,
+) -> _Grid:
     base_model, network, features, found = load_models(hypernetwork, feature_network, device)
     train, test, name = _private_sets(private, base_model)
     if pair is None:
         variant = "" if lookalikes else "-no-lookalikes"
         pair = f"glyphs-{name}{variant}" if hypernetwork == "glyphs" else name
     size = len(train) if num_private is None else num_private
-    fixed = {
-        "weights_sha256": artefacts.tensors_sha256({**base_model.state_dict(), **network.state_dict()}),
-        "noise": "seeded demonstration - NOT PRIVATE",
-    }
     needed = 2 * features.dimension  # for a Fréchet distance; better said now than after the first training
     if len(train) < needed or (settings or found).num_images < needed:
         raise InputError(
@@ -107,12 +228,6 @@ def compare(
         )
     if not 1 <= size <= len(train):
         raise InputError(f"num_private must lie in 1 .. {len(train)}, got {size}.")
-    cells = [
-        (method, epsilon, seed)
-        for seed in seeds
-        for method in chosen
-        for epsilon in (*(budgets if METHODS[method].private else ()), *METHODS[method].also)
-    ]
     bank = bank_source(tasks, network, settings or found, lookalikes)
     bench = Bench(
         base_model=base_model,
@@ -128,39 +243,25 @@ def compare(
         neighboring_relation=neighboring_relation,
         device=device,
     )
-    paths: list[Path] = []
-    with tqdm(cells, desc="compare", unit="cell", disable=None) as bar:
-        for method, epsilon, seed in bar:
-            bar.set_postfix_str(f"{method} eps {epsilon:g} seed {seed}")
-            path = Path(out) / f"{records.cell_name(pair, method, epsilon, size, seed)}.json"
-            paths.append(path)
-            if path.exists():
-                _require_same(path, fixed, bench)
-                continue
-            started = datetime.now(UTC)
-            own = dataclasses.replace(bench, private_train=subset(train, size, seed))
-            outcome = METHODS[method].run(own, epsilon, seed)
-            Record(
-                pair=pair,
-                method=method,
-                epsilon=epsilon,
-                delta=delta,
-                neighboring_relation=neighboring_relation,
-                num_private=size,
-                seed=seed,
-                scores=own.score(outcome),
-                seconds={name: round(value, 3) for name, value in outcome.seconds.items()},
-                trained_parameters=outcome.trained_parameters,
-                noise_dimension=outcome.noise_dimension,
-                num_releases=outcome.num_releases,
-                settings={**fixed, "sampling_steps": bench.settings.sampling_steps, **outcome.settings},
-                provenance=records.provenance(command, device, started),
-            ).save(out)
-            if outcome.images is not None and seed == cells[0][2]:  # one sample sheet for each method and budget
-                labels = outcome.labels if train.class_names else None
-                sheet = ImageSet(outcome.images, labels, train.class_names)
-                data.save_grid(path.with_suffix(".png"), sheet, columns=20, rows=10)
-    return paths
+    fixed = {
+        "weights_sha256": artefacts.tensors_sha256({**base_model.state_dict(), **network.state_dict()}),
+        "noise": "seeded demonstration - NOT PRIVATE",
+    }
+    return _Grid(bench, pair, size, fixed)
+
+
+_WORKERS_GRID: list[_Grid] = []  # one, in a worker process
+
+
+def _start_worker(setting: Callable[[], _Grid]) -> None:
+    torch.set_num_threads(1)
+    _WORKERS_GRID.append(setting())
+
+
+def _run_in_worker(
+    method: str, epsilon: float, seed: int, out: str | Path, command: str | None, sheet: bool
+) -> None:
+    _WORKERS_GRID[0].run(method, epsilon, seed, out, command, sheet=sheet)
 
 
 def subset(private: ImageSet, size: int, seed: int) -> ImageSet:
@@ -273,14 +374,3 @@ def public_images(bank: controls.PublicBank, count: int = 1000) -> Tensor:
     """``count`` images of the bank, of as many tasks as possible: ``(count, C, H, W)`` in [-1, 1]."""
     each = -(-count // len(bank))
     return data.from_levels(bank.pixels[:, :each].flatten(0, 1)[:count])
-
-
-def _require_same(path: Path, fixed: Mapping[str, Any], bench: Bench) -> None:
-    """A record that is kept must be of the same comparison."""
-    record = Record.from_json(path.read_text(encoding="utf-8"))
-    same = {name: record.settings.get(name) for name in fixed} == dict(fixed)
-    if not same or (record.delta, record.neighboring_relation) != (bench.delta, bench.neighboring_relation):
-        raise InputError(
-            f"{path.name} was made with other weights, delta or neighbouring relation: "
-            "choose another --out, or delete the old records."
-        )
