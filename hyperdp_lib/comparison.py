@@ -62,7 +62,8 @@ def compare(
         A named data set with its own test set (``"digits"``, ``"mnist"``), a folder or ``.npz`` (a fifth is held out,
         evenly by class), or two image sets.
     methods : iterable of str
-        Names from `METHODS`, or ``"all"``: every method whose public weights are there.
+        Names from `METHODS`, or ``"all"``: every method whose public weights are there, and that can do without labels
+        if there are none.
     epsilons : iterable of float
         Budgets, > 0.  Controls without a budget, and no noise (recorded as ``null``), are added by
         themselves.
@@ -91,6 +92,7 @@ def compare(
     list of Path
         One per cell, in the order of the grid.
     """
+    methods = tuple(methods)
     chosen = _method_names(methods)
     budgets = tuple(float(epsilon) for epsilon in epsilons)
     if any(not (0 < epsilon < math.inf) for epsilon in budgets):
@@ -113,6 +115,11 @@ def compare(
         device=device,
     )
     grid = setting()
+    if grid.bench.private_train.labels is None:
+        helpless = [name for name in chosen if METHODS[name].needs_labels]
+        if helpless and "all" not in methods:
+            raise InputError(f"{', '.join(helpless)} needs labels, but these images have none: leave it out.")
+        chosen = tuple(name for name in chosen if name not in helpless)
     cells = [
         (method, epsilon, seed)
         for seed in seeds

@@ -225,10 +225,11 @@ def test_files_are_split_into_training_and_test(models, private, tmp_path):
 
 def test_unlabelled_images(models, private, tmp_path):
     unlabelled = tuple(ImageSet(part.images, None, None) for part in private)
-    names = ["dp_deepsets", "dp_lora", "nearest_public", "public_only", "real"]
-    paths = run(models, unlabelled, tmp_path, methods=names)
+    paths = run(models, unlabelled, tmp_path, methods=["all"])
+    served = {name for name in METHODS if any(f"_{name}_eps" in path.name for path in paths)}
+    assert served == set(comparison._method_names(["all"])) - {"noisy_class_means"}
     assert all(json.loads(path.read_text())["scores"]["accuracy"] is None for path in paths)
-    with pytest.raises(InputError, match="no labels"):
+    with pytest.raises(InputError, match="needs labels"):
         run(models, unlabelled, tmp_path, methods=["noisy_class_means"])
 
 

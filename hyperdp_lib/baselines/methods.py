@@ -286,8 +286,7 @@ def noisy_class_means(bench: Bench, epsilon: float, seed: int) -> Outcome:
     started = time.perf_counter()
     noisy_sum, _ = bench.noisy_sum(epsilon, seed)
     seconds = {"release": time.perf_counter() - started}
-    if bench.private_test.labels is None:
-        raise InputError("noisy_class_means classifies, but these images have no labels: leave it out.")
+    assert bench.private_test.labels is not None  # `Method.needs_labels`
     accuracy = controls.nearest_mean_accuracy(
         noisy_sum, bench.hypernetwork.encoder, bench.private_test.images, bench.private_test.labels
     )
@@ -355,7 +354,7 @@ class Method:
     """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for.
 
     ``default`` is its configuration before any tuning, None if it has none. ``weights`` names the folder of public
-    models that it needs besides the hypernetwork and its base model.
+    models that it needs besides the hypernetwork and its base model. ``needs_labels``: it cannot do without.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -363,6 +362,7 @@ class Method:
     also: tuple[float, ...] = ()
     default: Any = None
     weights: str | None = None
+    needs_labels: bool = False
 
     @property
     def available(self) -> bool:
@@ -403,7 +403,7 @@ METHODS: Mapping[str, Method] = {
         weights="glyphs-mixture",
     ),
     "nearest_public": Method(nearest_public, also=(math.inf,)),
-    "noisy_class_means": Method(noisy_class_means, also=(math.inf,)),
+    "noisy_class_means": Method(noisy_class_means, also=(math.inf,), needs_labels=True),
     "public_only": Method(public_only, private=False, also=(0.0,)),
     "lora_non_private": Method(
         rival("lora_non_private", dp_lora.train_dp_lora), private=False, also=(math.inf,), default=_LORA_NON_PRIVATE
