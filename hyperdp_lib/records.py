@@ -195,7 +195,13 @@ def provenance(
 
 def _command_line(arguments: Sequence[str]) -> str:
     here = os.getcwd() + os.sep
-    shown = [Path(arguments[0]).name if arguments else "python"]
+    program = Path(arguments[0]) if arguments else Path("python")
+    package = Path(__file__).resolve().parent
+    if program.resolve().is_relative_to(package) and program.suffix == ".py":  # started as python -m
+        parts = program.resolve().relative_to(package.parent).with_suffix("").parts
+        shown = ["python", "-m", ".".join(part for part in parts if part != "__main__")]
+    else:
+        shown = [program.name]
     for argument in arguments[1:]:
         inside = argument.replace(here, "")
         shown.append(Path(inside).name if os.path.isabs(inside) else inside)

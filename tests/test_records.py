@@ -4,6 +4,7 @@ import json
 import math
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +108,11 @@ def test_provenance_names_no_machine_or_folder(monkeypatch, tmp_path):
     assert str(tmp_path) not in text and "/somewhere" not in text
     if len(socket.gethostname()) > 6:  # a shorter name may be part of an innocent word
         assert socket.gethostname() not in text
+
+
+def test_a_module_that_was_started_by_name_is_recorded_so():
+    package = Path(records.__file__).parent
+    shown = records._command_line([str(package / "theory" / "learned.py"), "--quick"])
+    assert shown == "python -m hyperdp_lib.theory.learned --quick"
+    assert records._command_line([str(package / "__main__.py"), "compare"]) == "python -m hyperdp_lib compare"
+    assert records._command_line(["/usr/bin/hyperdp", "compare", "/secret/place/x.npz"]) == "hyperdp compare x.npz"
