@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from hyperdp_lib.data import InputError, to_levels
 
 NOT_DP = "research metric, not DP"
+MOST_NEIGHBOURS = 10_000  # rows on a side of precision and recall
 
 
 class FeatureNetwork(nn.Module):
@@ -195,6 +196,7 @@ def precision_recall(
 
     Precision: the share of samples that fall inside the reference manifold, the union of balls around the
     references that reach their ``neighbours``-th nearest neighbour.  Recall: the same with the roles swapped.
+    Of more than ``MOST_NEIGHBOURS`` rows on a side so many are used, drawn by a fixed seed: every pair is compared.
 
     Examples
     --------
@@ -202,17 +204,20 @@ def precision_recall(
     >>> precision_recall(rows, rows), precision_recall(rows + 100, rows)
     ((1.0, 1.0), (0.0, 0.0))
     """
-    a, b = torch.as_tensor(sample_features).double(), torch.as_tensor(reference_features).double()
-    if min(len(a), len(b)) <= neighbours:
+    if min(len(sample_features), len(reference_features)) <= neighbours:
         raise InputError(f"precision and recall need more than {neighbours} images a side: sample more.")
+    a, b = (_at_most(rows, MOST_NEIGHBOURS) for rows in (sample_features, reference_features))
 
     def radii(rows: Tensor) -> Tensor:  # the nearest row is the row itself, hence the + 1
-        return _distances(rows, rows).kthvalue(neighbours + 1, dim=1).values
+        parts = [_distances(part, rows).kthvalue(neighbours + 1, dim=1).values for part in rows.split(500)]
+        return torch.cat(parts)
 
-    between = _distances(a, b)
-    precision = (between <= radii(b)[None, :]).any(1).double().mean()
-    recall = (between <= radii(a)[:, None]).any(0).double().mean()
-    return float(precision), float(recall)
+    def inside(rows: Tensor, others: Tensor) -> float:
+        within = radii(others)[None, :]
+        hits = [(_distances(part, others) <= within).any(1) for part in rows.split(500)]
+        return float(torch.cat(hits).double().mean())
+
+    return inside(a, b), inside(b, a)
 
 
 def downstream_accuracy(
@@ -362,6 +367,12 @@ def _frechet_per_class(
             return None
         distances[label] = frechet_distance(a, b)
     return distances
+
+
+def _at_most(rows: np.ndarray, most: int) -> Tensor:
+    if len(rows) > most:
+        rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:most])]
+    return torch.as_tensor(rows).double()
 
 
 def _distances(a: Tensor, b: Tensor, chunk: int = 2000) -> Tensor:

@@ -94,6 +94,15 @@ def test_precision_and_recall_tell_collapse_from_noise():
     assert precision < 0.1 and recall > 0.9
 
 
+def test_precision_and_recall_of_many_rows_use_some_of_them(monkeypatch):
+    reference, samples = RNG.normal(size=(900, 2)), RNG.normal(size=(300, 2)) * 1.5
+    exact = evaluation.precision_recall(samples, reference)
+    monkeypatch.setattr(evaluation, "MOST_NEIGHBOURS", 600)
+    some = evaluation.precision_recall(samples, reference)
+    assert some == evaluation.precision_recall(samples, reference)  # the same ones every time
+    assert some != exact and np.allclose(some, exact, atol=0.12)
+
+
 def test_precision_counts_by_hand():
     reference = np.array([[0.0], [1.0], [2.0], [3.0]])
     samples = np.array([[0.5], [1.5], [10.0], [11.0]])  # with one neighbour every ball has radius 1
