@@ -230,7 +230,12 @@ def _compare(options: argparse.Namespace) -> None:
     _check_input(options.private)
     _check_device(options.device)
     from hyperdp_lib import comparison
+    from hyperdp_lib.baselines.methods import Settings
 
+    settings = None
+    if options.settings is not None:
+        _check_input(options.settings)
+        settings = Settings.from_json(options.settings.read_text(encoding="utf-8"))
     paths = comparison.compare(
         options.private,
         methods=options.methods,
@@ -244,6 +249,7 @@ def _compare(options: argparse.Namespace) -> None:
         out=options.out,
         device=options.device,
         jobs=options.jobs,
+        settings=settings,
     )
     if options.json:
         print(json.dumps({"records": [str(path) for path in paths]}))
@@ -545,6 +551,7 @@ def _parser() -> _Parser:
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
+    add("--settings", type=Path, metavar="JSON", help="settings of the methods, as hyperdp_lib.tuning writes them")
     add("--jobs", type=int, default=1, help="processes that share the work, one thread each; default: 1")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the records' paths as JSON")

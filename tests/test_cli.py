@@ -131,6 +131,9 @@ def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
     refused("compare", "--private", "digits", "--seeds", "0", *out, expect="--seeds")
     refused("compare", "--private", "digits", "--num-private", "0", *out, expect="--num-private")
     refused("compare", "--private", tmp_path / "absent", *out, expect="no such file")
+    (tmp_path / "settings.json").write_text('{"num_images": 2000}')
+    settings = ["--settings", tmp_path / "settings.json"]
+    refused("compare", "--private", "digits", *settings, *out, expect="make them with tune")
     (tmp_path / "file").write_text("precious")
     refused("compare", "--private", "digits", "--out", tmp_path / "file", expect="is not a folder")
     refused("verify", tmp_path / "absent", expect="no such release")
@@ -501,7 +504,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["release", "sample", "evaluate", "compare", "train", "verify"])
+@pytest.mark.parametrize("command", "release refine sample evaluate compare forecast train audit verify".split())
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
