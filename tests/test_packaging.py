@@ -126,3 +126,9 @@ def test_package_data_patterns_cover_the_weights() -> None:
     assert weights and weights <= covered
     for model in (package / "weights").iterdir():  # the promise: 16 MiB a model
         assert sum(path.stat().st_size for path in weights if model in path.parents) <= 16 * 2**20
+
+
+def test_weights_name_no_place_of_the_machine_that_made_them():
+    weights = Path(__file__).resolve().parent.parent / "hyperdp_lib" / "weights"
+    texts = [path for path in weights.rglob("*") if path.suffix in (".json", ".md")]
+    assert texts and [str(path) for path in texts if re.search(r'"/\w', path.read_text(encoding="utf-8"))] == []

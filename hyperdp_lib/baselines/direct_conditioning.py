@@ -324,6 +324,7 @@ def train_direct_conditioning(out: Path, *, smoke: bool = False, stage: StageCon
         check_loss=task_loss(decoder),
     )
     halved: Any = copy.deepcopy(decoder.transformer).half()
+    halved.register_to_config(_name_or_path="hyperdp_lib/weights/glyphs/base")  # not where it lay on this machine
     halved.save_pretrained(out / "base")
     decoders.write_half(out / "conditioner.safetensors", decoder.conditioner.state_dict())
     decoders.write_manifest(
