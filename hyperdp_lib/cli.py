@@ -333,37 +333,38 @@ def _audit(options: argparse.Namespace) -> int:
         trials=options.trials,
         neighboring_relation=options.neighboring_relation,
     )
-    if options.json:
-        print(json.dumps(made.to_plain(), indent=1))
-    else:
-        print(
-            f"certified: epsilon {made.epsilon:g} at delta {made.delta:g}, mu {made.mu:.4f} "
-            f"({made.neighboring_relation})\n"
-            f"attacked {made.trials:,} times on each of two neighbouring data sets; "
-            f"with confidence {made.confidence:.0%}\n"
-            f"  mu is at least      {made.mu_lower_bound:.4f}  ({made.mu_lower_bound / made.mu:.0%} of the certified)\n"
-            f"  epsilon is at least {made.epsilon_lower_bound:.4f}  (cannot be tight at a small delta)\n"
-            + ("the claim stands" if made.passed else "THE CLAIM IS FALSE")
-        )
-    return 0 if made.passed else 1
+    return _tell_audit(
+        options,
+        made,
+        f"certified: epsilon {made.epsilon:g} at delta {made.delta:g}, mu {made.mu:.4f} "
+        f"({made.neighboring_relation})\n"
+        f"attacked {made.trials:,} times on each of two neighbouring data sets; "
+        f"with confidence {made.confidence:.0%}\n"
+        f"  mu is at least      {made.mu_lower_bound:.4f}  ({made.mu_lower_bound / made.mu:.0%} of the certified)\n"
+        f"  epsilon is at least {made.epsilon_lower_bound:.4f}  (cannot be tight at a small delta)",
+    )
 
 
 def _audit_dp_sgd(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from hyperdp_lib.auditing import canaries
 
     made = canaries.audit_dp_sgd(options.epsilon, delta=options.delta)
+    return _tell_audit(
+        options,
+        made,
+        f"certified: epsilon {made.epsilon:g} at delta {made.delta:g} (DP-SGD, {made.neighboring_relation})\n"
+        f"{made.num_canaries:,} canaries, one run: {made.correct} of {made.guesses} guesses right; "
+        f"with confidence {made.confidence:.0%}\n"
+        f"  epsilon is at least {made.epsilon_lower_bound:.4f}",
+    )
+
+
+def _tell_audit(options: argparse.Namespace, made: Any, text: str) -> int:
+    """Print an audit as JSON, or as text and verdict; the exit code."""
     if options.json:
-        print(json.dumps({**asdict(made), "passed": made.passed}, indent=1))
+        print(json.dumps(made.to_plain(), indent=1))
     else:
-        print(
-            f"certified: epsilon {made.epsilon:g} at delta {made.delta:g} (DP-SGD, {made.neighboring_relation})\n"
-            f"{made.num_canaries:,} canaries, one run: {made.correct} of {made.guesses} guesses right; "
-            f"with confidence {made.confidence:.0%}\n"
-            f"  epsilon is at least {made.epsilon_lower_bound:.4f}\n"
-            + ("the claim stands" if made.passed else "THE CLAIM IS FALSE")
-        )
+        print(text, "the claim stands" if made.passed else "THE CLAIM IS FALSE", sep="\n")
     return 0 if made.passed else 1
 
 

@@ -141,14 +141,19 @@ class HyperNetwork(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
 
 
+def noisy_count(noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
+    """Counts (T,) of noisy sums (T, k), kept at least at their own noise level (T,), and at least one."""
+    floor = (noise_std / COUNT_COORDINATE).clamp_min(1.0)
+    return torch.maximum(noisy_sum[:, 0] / COUNT_COORDINATE, floor)
+
+
 def summary(noisy_sum: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy mean (T, k - 1) scaled to unit size, log noise on it (T, 1), log noisy count (T, 1).
 
     The count is kept at least at its own noise level (and at least one), so that a sum which is all noise gives a
     bounded mean, and the mean is pulled back into the ball in which every true mean lies.
     """
-    floor = (noise_std / COUNT_COORDINATE).clamp_min(1.0)
-    count = torch.maximum(noisy_sum[:, 0] / COUNT_COORDINATE, floor)
+    count = noisy_count(noisy_sum, noise_std)
     mean = noisy_sum[:, 1:] / count[:, None]
     noise = noise_std / count
     length = mean.norm(dim=1, keepdim=True).clamp_min(1e-6)

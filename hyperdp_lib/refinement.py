@@ -32,6 +32,7 @@ from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.data import InputError
+from hyperdp_lib.hypernetwork import noisy_count
 from hyperdp_lib.release import Release
 
 
@@ -111,9 +112,7 @@ def refine(
     names = tuple(class_names) or ("adapter",)
     if released.ndim != 2 or len(released) != len(names):
         raise InputError(f"noisy_sum must have a row for each of the {len(names)} classes.")
-    # the count as the hypernetwork reads it: never below the noise on it, or a tiny set would be all noise
-    floor = max(1.0, float(noise_std) / embedding.COUNT_COORDINATE)
-    count = (released[:, :1] / embedding.COUNT_COORDINATE).clamp_min(floor)
+    count = noisy_count(released, released.new_full((len(released),), float(noise_std)))[:, None]
     inputs, average = released.clone(), torch.zeros_like(released)
     counted = range(config.num_rounds // 2, config.num_rounds)
     for number in tqdm(range(config.num_rounds), desc="refine", disable=None if progress else True):

@@ -236,7 +236,7 @@ def load_release(folder: str | Path, base_model: nn.Module) -> Release:
         noisy_sum = load_file(str(folder / EMBEDDING_FILE))[EMBEDDING_TENSOR]
     except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{EMBEDDING_FILE} in {str(folder)!r} is missing or damaged; see hyperdp verify") from error
-    return Release(load_adapters(folder, base_model), statement, noisy_sum)
+    return Release(_adapters(folder, statement, base_model), statement, noisy_sum)
 
 
 def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
@@ -247,8 +247,10 @@ def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
     InputError
         if the folder cannot be read, or is for another base model.
     """
-    folder = Path(folder)
-    statement = _read_certificate(folder)
+    return _adapters(Path(folder), _read_certificate(Path(folder)), base_model)
+
+
+def _adapters(folder: Path, statement: Certificate | None, base_model: nn.Module) -> Adapter:
     names = statement.class_names if statement else ()
     expected = statement.base_model_sha256 if statement else None
     if expected is not None and expected != tensors_sha256(base_model.state_dict()):

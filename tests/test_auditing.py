@@ -239,7 +239,7 @@ def test_the_records_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "MUTANTS", {"float accumulation": mutants.MUTANTS["float accumulation"]})
     asked = ["--out", str(tmp_path), "--trials", "1000", "--repetitions", "2"]
     monkeypatch.setattr(canaries, "audit_dp_sgd", lambda *args, **kwargs: one_run)
-    one_run = canaries.CanaryAudit(1.0, 1e-5, 0.2, 0.99, 1000, 200, 120, "add_or_remove_one")
+    one_run = canaries.CanaryAudit(1.0, 1e-5, 0.2, 0.99, 1000, 200, 120, "add_or_remove_one", math.inf)
     assert main(asked) == 0
     made = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert set(made) == {"release", "dp_sgd", "mutants", "intact"}

@@ -11,7 +11,9 @@ what the tests of `hyperdp_lib.baselines.dp_training` measure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +35,17 @@ class CanaryAudit:
     guesses: int
     correct: int
     neighboring_relation: str
+    expected_batch_size: float
 
     @property
     def passed(self) -> bool:
         """Whether the guesses stayed within the claim."""
         return self.epsilon_lower_bound <= self.epsilon
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON, where full batches are ``null``."""
+        size = None if math.isinf(self.expected_batch_size) else self.expected_batch_size
+        return {**asdict(self), "expected_batch_size": size, "passed": self.passed}
 
 
 def audit_dp_sgd(
@@ -46,7 +54,7 @@ def audit_dp_sgd(
     delta: float = 1e-5,
     num_canaries: int = 1000,
     num_steps: int = 10,
-    expected_batch_size: float = float("inf"),
+    expected_batch_size: float = math.inf,
     confidence: float = 0.99,
     guess_share: float = 0.2,
     seed: int | None = None,
@@ -111,4 +119,5 @@ def audit_dp_sgd(
         2 * each,
         correct,
         "add_or_remove_one",
+        expected_batch_size,
     )
