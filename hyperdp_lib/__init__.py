@@ -4,6 +4,9 @@ The modules, in the order in which to read them:
 
 ==================  =======================================================================
 `data`              images, named data sets, the one range contract
+`data_sets`         the named data sets that lie outside the library
+`originals`         where their original files come from, and how they are checked
+`duplicates`        are private images in the public data? A research check, not DP
 `image_files`       image folders and `.npz` files, and what is wrong with them
 `glyphs`            the public tasks, rendered from fonts
 `embedding`         image -> vector of norm at most 1, one example at a time
@@ -59,7 +62,9 @@ __all__ = [
     "comparison",
     "comparison_tables",
     "data",
+    "data_sets",
     "diffusion",
+    "duplicates",
     "embedding",
     "evaluation",
     "figures",
@@ -72,6 +77,7 @@ __all__ = [
     "lora_products",
     "mechanism",
     "notebook",
+    "originals",
     "private_scores",
     "records",
     "refinement",

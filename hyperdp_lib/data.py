@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hyperdp_lib.data_sets import DATA_SETS, read
 from hyperdp_lib.image_files import (
     IMAGE_SUFFIXES,
     ImageFiles,
     InputError,
-    read_arrays,
     read_folder,
     read_npz,
     shown,
@@ -53,12 +53,8 @@ __all__ = [
     "to_uint8",
 ]
 
-# Data sets that are not part of the library, read from the folder in the environment variable HYPERDP_DATA: an .npz of
-# that name with train_x, train_y, test_x and test_y.
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
-_GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-_EXTERNAL = {"mnist": ("mnist.npz", _DIGIT_NAMES), "fashion-mnist": ("fashion_mnist.npz", _GARMENTS)}
-NAMED_DATA_SETS = tuple(f"{name}{part}" for name in ("digits", *_EXTERNAL) for part in ("", "-test"))
+NAMED_DATA_SETS = tuple(f"{name}{part}" for name in ("digits", *DATA_SETS) for part in ("", "-test"))
 # ITU-R BT.601 luma, what Pillow's mode "L" uses.
 _LUMA = (0.299, 0.587, 0.114)
 # Bounds the float working memory of a resize without slowing small images down.
@@ -296,7 +292,8 @@ def load_named_or_path(
 ) -> ImageSet:
     """A named data set (one of ``NAMED_DATA_SETS``) or whatever :func:`load_images` reads.
 
-    ``mnist`` and ``fashion-mnist`` are read from the folder named by the environment variable ``HYPERDP_DATA``.
+    All names but ``digits`` are read from the folder named by the environment variable ``HYPERDP_DATA``; see
+    :mod:`hyperdp_lib.data_sets`. ``-test`` behind a name means the test split.
 
     A name wins over a folder of the same name; write ``./digits`` for the folder.
 
@@ -308,7 +305,7 @@ def load_named_or_path(
     name = os.fspath(name_or_path)
     if name in NAMED_DATA_SETS:
         base, split = name.removesuffix("-test"), "test" if name.endswith("-test") else "train"
-        named = digits(split, image_size) if base == "digits" else _external(base, split, image_size)
+        named = digits(split, image_size) if base == "digits" else _external(base, split, image_size, channels)
         images = to_channels(named.images, channels)
         if not labelled:
             return ImageSet(images, notes=named.notes)
@@ -366,25 +363,18 @@ def digits(split: str = "train", image_size: int = 16) -> ImageSet:
     )
 
 
-def _external(name: str, split: str, image_size: int) -> ImageSet:
-    """Grey images, white on black, from ``HYPERDP_DATA``."""
-    file, class_names = _EXTERNAL[name]
-    folder = os.environ.get("HYPERDP_DATA", "")
-    path = Path(folder) / file
-    if not folder or not path.is_file():
-        raise InputError(
-            f"{name!r} is not part of the library: set HYPERDP_DATA to a folder with {file} "
-            "(arrays train_x, train_y, test_x, test_y)"
-        )
-    arrays = read_arrays(path, (f"{split}_x", f"{split}_y"))
-    images, labels = arrays.get(f"{split}_x"), arrays.get(f"{split}_y")
-    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 3 or len(images) != len(labels):
-        raise InputError(f"{file} in HYPERDP_DATA is not as expected: {split}_x (N, H, W) uint8 and {split}_y (N,)")
+def _external(name: str, split: str, image_size: int, channels: int) -> ImageSet:
+    """A data set of the table `data_sets.DATA_SETS`, from ``HYPERDP_DATA``."""
+    stored = read(name, split)
+    size = stored.images.shape[1:3]
+    notes = [] if size == (image_size, image_size) else [_resize_note([size], image_size)]
+    if DATA_SETS[name].caveat:
+        notes.append(f"{name}: {DATA_SETS[name].caveat}")
     return ImageSet(
-        images=to_model_range(_fit(images[..., None], image_size, channels=1)),
-        labels=torch.as_tensor(labels.astype(np.int64)),
-        class_names=class_names,
-        notes=(_resize_note([(images.shape[1], images.shape[2])], image_size),),
+        images=to_model_range(_fit(stored.images, image_size, channels)),
+        labels=torch.as_tensor(stored.labels),
+        class_names=stored.class_names,
+        notes=tuple(notes),
     )
 
 
