@@ -186,7 +186,7 @@ PREPARE: dict[str, Callable[[Path, str], dict[str, Arrays]]] = {
 def as_jpegs(splits: dict[str, np.ndarray]) -> Arrays:
     """JPEG files (quality 75, 4:2:0) of (N, 32, 32, 3) images, laid end to end without the header that all share.
 
-    ``header``, and for each split ``SPLIT_bytes`` and ``SPLIT_off`` (N + 1,): where each image begins; the last one's end.
+    ``header``, and for each split ``SPLIT_bytes`` and ``SPLIT_off`` (N + 1,), where images begin and the last one ends.
     """
     header, arrays = b"", {}
     for split, images in splits.items():
@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(name: str, dest: Path, *, overwrite: bool = False) -> None:
     """Make the files of one data set, and say whether their counts are the expected ones."""
-    files = [DATA_SETS[key].file for key in (name, f"{name}-jpeg") if key in DATA_SETS and key != "cifar10-jpeg"]
+    keys = [name, f"{name}-jpeg"] if name == "tiny-imagenet-32" else [name]
+    files = [DATA_SETS[key].file for key in keys]
     if not overwrite and all((dest / file).is_file() for file in files):
         print(f"{', '.join(str(dest / file) for file in files)}: kept; --overwrite makes it again")
         return
