@@ -188,7 +188,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     _check_input(options.reference)
     from hyperdp_lib import data, evaluation
 
-    network = evaluation.FeatureNetwork.from_pretrained(_features_file(options.features))
+    network = evaluation.FeatureNetwork.from_pretrained(features_file(options.features))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
     reference = data.load_named_or_path(options.reference, *fit)
@@ -471,7 +471,7 @@ def _base_model_name(hypernetwork: str) -> str:
     return f"hyperdp_lib/weights/{hypernetwork}/base" if shipped.is_dir() else f"{hypernetwork}/base"
 
 
-def _features_file(name_or_path: str) -> Path:
+def features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
         return Path(__file__).parent / "weights" / "glyphs" / "features.safetensors"
     return Path(name_or_path)

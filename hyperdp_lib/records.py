@@ -200,6 +200,8 @@ def _command_line(arguments: Sequence[str]) -> str:
     if program.resolve().is_relative_to(package) and program.suffix == ".py":  # started as python -m
         parts = program.resolve().relative_to(package.parent).with_suffix("").parts
         shown = ["python", "-m", ".".join(part for part in parts if part != "__main__")]
+    elif program.resolve().is_relative_to(package.parent) and program.suffix == ".py":  # a script of the repository
+        shown = ["python", program.resolve().relative_to(package.parent).as_posix()]
     else:
         shown = [program.name]
     for argument in arguments[1:]:

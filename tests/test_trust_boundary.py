@@ -20,6 +20,8 @@ MAY_HOLD_PRIVATE_DATA = {
     "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
     "data": "reads private images from files, and changes nothing else",
     "image_files": "decodes those files for `data`",
+    "data_sets": "reads the files of named data sets for `data`",
+    "duplicates": "research check of public against private images, labelled as not differentially private",
     "baselines": "the rivals and controls, which stand where `release` stands",
     "evaluation": "research metrics on private test data, labelled as not differentially private",
     "private_scores": "scores by the mechanism, charged",
@@ -31,7 +33,7 @@ MAY_HOLD_PRIVATE_DATA = {
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
     "hypernetwork", "refinement", "training", "tuning", "forecast", "glyphs", "records", "figures", "report",
-    "comparison_tables", "notebook", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
+    "comparison_tables", "notebook", "originals", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "baselines", "private_scores")
