@@ -56,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         private = data.load_named_or_path(options.private, options.image_size, options.channels, labelled=False)
         public = public_images(options.public, options.image_size, options.channels, options.tasks)
         found = duplicates.check(public, private.images, network, progress=True)
-    except data.InputError as error:
+        record = {"public": _shown(options.public), "private": _shown(options.private), **found.to_plain()}
+        record["provenance"] = records.provenance()
+        records.write_atomically(options.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if options.picture is not None:
+            options.picture.parent.mkdir(parents=True, exist_ok=True)
+            data.save_grid(options.picture, closest_pairs(public, private.images, found))
+    except (data.InputError, OSError) as error:
         print(f"check_duplicates.py: {error}", file=sys.stderr)
         return 2
-    record = {"public": options.public, "private": options.private, **found.to_plain()}
-    record["provenance"] = records.provenance()
-    records.write_atomically(options.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    if options.picture is not None:
-        data.save_grid(options.picture, closest_pairs(public, private.images, found))
     print(f"wrote {options.out}: {found.suspects} of {found.num_private} private images are suspects (not DP)")
     return 0
 
@@ -77,6 +78,11 @@ def closest_pairs(public: Tensor, private_images: Tensor, found: duplicates.Chec
         names += [f"private, {likeness.measure}", f"public, {likeness.measure}"]
     labels = torch.cat([torch.full((len(row),), k) for k, row in enumerate(rows)])
     return data.ImageSet(torch.cat(rows), labels, tuple(names))
+
+
+def _shown(names: str) -> str:
+    """Names as they are, paths without their folders."""
+    return "+".join(Path(name).name for name in names.split("+"))
 
 
 if __name__ == "__main__":

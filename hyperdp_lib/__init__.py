@@ -26,6 +26,7 @@ The modules, in the order in which to read them:
 `release`           the one composition of all of the above
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
+`reference_stats`   features of a reference set, summed up in a file
 `auditing`          attacks on the mechanism, and the mutants they must catch
 `private_scores`    scores that may be published: noisy, and charged
 `baselines`         the rivals and the controls
@@ -80,6 +81,7 @@ __all__ = [
     "originals",
     "private_scores",
     "records",
+    "reference_stats",
     "refinement",
     "release",
     "report",

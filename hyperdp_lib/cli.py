@@ -186,16 +186,29 @@ def _refine(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     _check_input(options.samples)
     _check_input(options.reference)
-    from hyperdp_lib import data, evaluation
+    from hyperdp_lib import data, evaluation, reference_stats
 
     network = evaluation.FeatureNetwork.from_pretrained(features_file(options.features))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
+    if reference_stats.holds_statistics(options.reference):
+        kept = reference_stats.ReferenceStatistics.load(options.reference)
+        scores: dict[str, Any] = {
+            "label": evaluation.NOT_DP,
+            "features": network.name,
+            "frechet_distance": kept.frechet_distance(samples.images, network),
+            "num_images": len(samples),
+            "num_reference": kept.count,
+        }
+        for note in (*samples.notes, f"reference statistics of {kept.source}: Fréchet distance only"):
+            _tell(note)
+        print(json.dumps(scores, indent=1))
+        return
     reference = data.load_named_or_path(options.reference, *fit)
     ours = evaluation.features(network, samples.images)
     theirs = evaluation.features(network, reference.images)
     precision, recall = evaluation.precision_recall(ours, theirs)
-    scores: dict[str, Any] = {
+    scores = {
         "label": evaluation.NOT_DP,
         "features": network.name,
         "frechet_distance": evaluation.frechet_distance(ours, theirs),
@@ -538,7 +551,7 @@ def _parser() -> _Parser:
 
     add = command("evaluate", _evaluate, "score samples against real images (a research metric, not DP)")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
-    add("--reference", required=True, metavar="REFERENCE", help="real images: .npz, folder, or: digits-test")
+    add("--reference", required=True, metavar="REFERENCE", help="real images or their statistics, for example: digits-test")
     add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")

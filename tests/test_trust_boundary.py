@@ -24,6 +24,7 @@ MAY_HOLD_PRIVATE_DATA = {
     "duplicates": "research check of public against private images, labelled as not differentially private",
     "baselines": "the rivals and controls, which stand where `release` stands",
     "evaluation": "research metrics on private test data, labelled as not differentially private",
+    "reference_stats": "research metrics: sums up the features of a reference set",
     "private_scores": "scores by the mechanism, charged",
     "comparison": "hands private sets to `release`, `baselines` and `evaluation`",
     "cli": "hands a user's private images to `release` and `comparison`",
