@@ -36,6 +36,7 @@ The modules, in the order in which to read them:
 `forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
 `report`            records -> tables and sentences
+`data_cards`        data sets and their checks -> tables of the book
 `comparison_tables` the tables of the chapter on rivals
 `figures`           records and images -> figures
 `notebook`          what the notebooks share
@@ -63,6 +64,7 @@ __all__ = [
     "comparison",
     "comparison_tables",
     "data",
+    "data_cards",
     "data_sets",
     "diffusion",
     "duplicates",

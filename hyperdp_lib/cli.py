@@ -551,7 +551,7 @@ def _parser() -> _Parser:
 
     add = command("evaluate", _evaluate, "score samples against real images (a research metric, not DP)")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
-    add("--reference", required=True, metavar="REFERENCE", help="real images or their statistics, for example: digits-test")
+    add("--reference", required=True, metavar="REFERENCE", help="real images, or their statistics; e.g. digits-test")
     add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")

@@ -152,6 +152,15 @@ def is_test(labels: np.ndarray) -> np.ndarray:
     return rank % TEST_EVERY == TEST_EVERY - 1
 
 
+def is_split_by_rule(name: str) -> bool:
+    """Whether a data set has no split of its own.
+
+    >>> is_split_by_rule("kkanji"), is_split_by_rule("mnist")
+    (True, False)
+    """
+    return DATA_SETS[name].layout is _every_fifth
+
+
 def _omniglot(path: Path, split: str, data_set: DataSet) -> NamedImages:
     """The source's own split: whole alphabets. Classes are characters, ``Greek-03``, numbered within the split."""
     arrays = _arrays(path, ["x", "char_id", "alphabet_id", "is_evaluation", "alphabet_names"])

@@ -34,7 +34,8 @@ MAY_HOLD_PRIVATE_DATA = {
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
     "hypernetwork", "refinement", "training", "tuning", "forecast", "glyphs", "records", "figures", "report",
-    "comparison_tables", "notebook", "originals", "theory", "lora_geometry", "lora_products", "__init__", "__main__",
+    "comparison_tables", "notebook", "originals", "data_cards", "theory", "lora_geometry", "lora_products",
+    "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "baselines", "private_scores")
