@@ -60,8 +60,7 @@ def duplicates_table(folder: str | Path) -> str:
     records = dict(duplicate_records(folder))
     if not records:
         return "*No records yet: `python data_scripts/check_duplicates.py` makes them.*"
-    head = ("pair", "by", "threshold", "have a public image that near", "have another private image that near",
-            "nearer to a public than to any other private image")  # fmt: skip
+    head = ("pair", "by", "threshold", "near a public one", "near another private one", "public one is nearer")
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 4]
     for name, record in records.items():
         for one in record["likenesses"]:
@@ -80,7 +79,7 @@ def duplicates_sentences(folder: str | Path) -> str:
         lines.append(
             f"- **{name}**: {private:,} private against {record['num_public']:,} public images, {colour}, "
             f"{record['image_size']} x {record['image_size']} pixels. {record['matches_in_all']:,} private images "
-            f"have a near public one by every measure; **{suspects:,}** ({suspects / private:.2%}) are *suspects*, "
-            "nearer to a public image than to any other private one, as a copy would be."
+            f"have a near public one by every measure; **{suspects:,}** ({100 * suspects / private:.2g}%) are "
+            "*suspects*, nearer to a public image than to any other private one, as a copy would be."
         )
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def test_table_and_sentences_follow_the_records(tmp_path):
     (tmp_path / "drawings-mnist.json").write_text(json.dumps(record))
     assert "| drawings-mnist | pixels | 0.25 | 50.0% | 12.5% | 0.0% |" in data_cards.duplicates_table(tmp_path)
     text = data_cards.duplicates_sentences(tmp_path)
-    assert "1,000 private against 20,000 public images, grey, 28 x 28" in text and "**3** (0.30%)" in text
+    assert "1,000 private against 20,000 public images, grey, 28 x 28" in text and "**3** (0.3%)" in text
 
 
 def test_records_are_labelled_and_show_nothing_that_may_not_be_republished():

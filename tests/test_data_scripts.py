@@ -183,6 +183,8 @@ def test_the_true_originals_give_the_true_arrays(name, tmp_path):
         arrays = [stored[key] for key in SPLIT_ARRAYS]
     for array, md5 in zip(arrays, UNPACKED_MD5[name], strict=True):
         assert md5 in (None, hashlib.md5(miniature.idx(array)).hexdigest())
+    train = {image.tobytes() for image in arrays[0]}
+    assert len(train) == len(arrays[0]) and not train & {image.tobytes() for image in arrays[2]}
     miniature.idx_files(tmp_path / "originals", name, arrays)
     run(name, tmp_path)
     with np.load(tmp_path / data_sets.DATA_SETS[name].file) as made:
