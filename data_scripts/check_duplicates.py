@@ -10,7 +10,6 @@ ones. That picture shows the images: publish it only if both sets may be.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperdp_lib import data, duplicates, glyphs, records
-from hyperdp_lib.cli import DEFAULT_FEATURES, features_file
+from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, features_file
 from hyperdp_lib.evaluation import FeatureNetwork
 
 IMAGES_PER_TASK = 16
@@ -40,7 +39,7 @@ def public_images(names: str, image_size: int, channels: int, num_tasks: int) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="check_duplicates.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="check_duplicates.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("public", metavar="PUBLIC", help="glyphs, data sets or paths, joined by +")
     add("private", metavar="PRIVATE", help="a data set or a path")
@@ -50,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--tasks", type=int, default=2500, help="public tasks to draw when PUBLIC is glyphs; default: 2500")
     add("--out", type=Path, required=True, metavar="JSON", help="record to write")
     add("--picture", type=Path, metavar="PNG", help="also write the closest pairs")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         network = FeatureNetwork.from_pretrained(features_file(options.features))
         private = data.load_named_or_path(options.private, options.image_size, options.channels, labelled=False)
         public = public_images(options.public, options.image_size, options.channels, options.tasks)

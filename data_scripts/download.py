@@ -9,22 +9,22 @@ cards. Next: `python data_scripts/prepare.py NAME --dest data`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hyperdp_lib.cli import Parser
 from hyperdp_lib.image_files import InputError
 from hyperdp_lib.originals import ORIGINALS, REGISTRY, fetch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="download.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="download.py", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*ORIGINALS, "all"], help="a data set, or: all")
     parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="files go to DIR/originals")
-    options = parser.parse_args(arguments)
-    folder = options.dest / "originals"
     try:
+        options = parser.parse_args(arguments)
+        folder = options.dest / "originals"
         for name in ORIGINALS if "all" in options.names else dict.fromkeys(options.names):
             for original in ORIGINALS[name]:
                 path, on_trust = fetch(original, folder)

@@ -10,7 +10,6 @@ Needs about 2 GB of memory for Tiny-ImageNet.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from hyperdp_lib.cli import Parser
 from hyperdp_lib.data_sets import DATA_SETS
 from hyperdp_lib.image_files import InputError, shown, write_npz
 from hyperdp_lib.originals import ORIGINALS, QUICKDRAW_PREFIXES
@@ -235,12 +235,12 @@ def _progress(items: Iterable[T], what: str) -> Iterator[T]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="prepare.py", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*PREPARE, "all"], help="a data set, or: all")
     parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="reads DIR/originals, writes DIR/*.npz")
     parser.add_argument("--overwrite", action="store_true", help="make again what is there")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         for name in PREPARE if "all" in options.names else dict.fromkeys(options.names):
             prepare(name, options.dest, overwrite=options.overwrite)
     except InputError as error:

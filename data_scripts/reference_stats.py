@@ -8,28 +8,27 @@ A file that is there is kept, unless --overwrite is given.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hyperdp_lib import data
-from hyperdp_lib.cli import DEFAULT_FEATURES, features_file
+from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, features_file
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.reference_stats import ReferenceStatistics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="reference_stats.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="reference_stats.py", description=__doc__.splitlines()[0])
     parser.add_argument("images", metavar="NAME|IMAGES", help="a data set, a folder of images or an .npz")
     parser.add_argument("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
     parser.add_argument("--out", type=Path, required=True, metavar="NPZ", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="make again what is there")
-    options = parser.parse_args(arguments)
-    if options.out.exists() and not options.overwrite:
-        print(f"{options.out}: kept; --overwrite makes it again")
-        return 0
     try:
+        options = parser.parse_args(arguments)
+        if options.out.exists() and not options.overwrite:
+            print(f"{options.out}: kept; --overwrite makes it again")
+            return 0
         network = FeatureNetwork.from_pretrained(features_file(options.features))
         images = data.load_named_or_path(options.images, network.image_size, network.channels, labelled=False).images
         name = options.images if options.images in data.NAMED_DATA_SETS else Path(options.images).name

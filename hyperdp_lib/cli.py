@@ -494,15 +494,15 @@ def _tell(text: str) -> None:
     print(f"hyperdp: {text}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, like every other bad input."""
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, like every other bad input (an `InputError`)."""
 
     def error(self, message: str) -> NoReturn:
         _refuse(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="hyperdp", description="Private images in, a certified LoRA adapter out.")
+def _parser() -> Parser:
+    parser = Parser(prog="hyperdp", description="Private images in, a certified LoRA adapter out.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Callable[..., Any]:

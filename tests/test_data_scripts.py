@@ -4,10 +4,13 @@ import hashlib
 import os
 from pathlib import Path
 
+import check_duplicates
+import download
 import miniature_originals as miniature
 import numpy as np
 import prepare
 import pytest
+import reference_stats
 from PIL import Image
 
 from hyperdp_lib import data, data_sets
@@ -164,6 +167,13 @@ def test_damaged_originals_are_refused_in_one_line(case, dest, capsys):
     assert [path.name for path in dest.iterdir()] == ["originals"]  # nothing written
 
 
+@pytest.mark.parametrize("script", [download, prepare, reference_stats, check_duplicates])
+def test_wrong_options_are_one_line_and_exit_code_2(script, capsys):
+    assert script.main(["--bogus"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith(f"{script.__name__}.py: ") and "--help" in line
+
+
 def test_members_that_lead_elsewhere_are_never_written(dest):
     """Archives are read in memory, so a member called ../evil.png leaves no file, wherever it points."""
     folder = dest / "originals"
@@ -199,3 +209,52 @@ def test_our_jpegs_have_the_header_of_the_real_copies():
     for file in ("cifar10_jpeg.npz", "tiny_imagenet32_jpeg.npz"):
         with np.load(REAL / file) as stored:
             np.testing.assert_array_equal(ours, stored["header"])
+
+
+def rebuilt_omniglot(folder, stored):
+    """Archives of the real images, already averaged, which averaging leaves as they are."""
+    names, first = stored["alphabet_names"], {}
+    for character, alphabet in zip(stored["char_id"], stored["alphabet_id"], strict=True):
+        first.setdefault(alphabet, character)
+    members = {False: {}, True: {}}
+    for i in miniature.RANDOM.permutation(len(stored["x"])):
+        alphabet, drawer = stored["alphabet_id"][i], stored["drawer"][i]
+        character = stored["char_id"][i] - first[alphabet] + 1
+        path = f"images/{names[alphabet]}/character{character:02}/{i % 1000:04}_{drawer:02}.png"
+        members[bool(stored["is_evaluation"][i])][path] = miniature.image(255 - stored["x"][i])
+    for original, content in zip(ORIGINALS["omniglot"], members.values(), strict=True):
+        miniature.zip_file(folder / original.file, content)
+
+
+def rebuilt_kkanji(folder, stored):
+    members = {
+        f"kkanji2/{stored['codepoints'][stored['y'][i]]}/{i:06}.png": miniature.image(stored["x"][i])
+        for i in miniature.RANDOM.permutation(len(stored["x"]))
+    }
+    miniature.tar_file(folder / "kkanji.tar", members)
+
+
+def rebuilt_quickdraw(folder, stored):
+    for label, name in enumerate(stored["class_names"]):
+        np.save(folder / f"quickdraw-{name}.npy", stored["x"][stored["y"] == label].reshape(-1, 784))
+
+
+@pytest.mark.slow
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "rebuild"),
+    [("omniglot", rebuilt_omniglot), ("kkanji", rebuilt_kkanji), ("quickdraw", rebuilt_quickdraw)],
+)
+def test_the_real_arrays_come_back_from_archives_of_them(name, rebuild, tmp_path):
+    """Order, numbering and types are those of the real files; only the averaging cannot be told from these."""
+    (tmp_path / "originals").mkdir()
+    file = data_sets.DATA_SETS[name].file
+    with np.load(REAL / file) as archive:
+        stored = {key: archive[key] for key in archive.files}
+    rebuild(tmp_path / "originals", stored)
+    run(name, tmp_path)
+    with np.load(tmp_path / file) as made:
+        assert set(made.files) == set(stored)
+        for key, array in stored.items():
+            np.testing.assert_array_equal(made[key], array)
+            assert made[key].dtype == array.dtype, key
