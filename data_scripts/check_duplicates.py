@@ -5,7 +5,8 @@
 
 PUBLIC is `glyphs` (tasks drawn afresh), a data set, a folder or an .npz, or several of them joined by `+`. Writes one
 JSON record and, with --picture, the closest pairs: for each measure a row of private images above the nearest public
-ones. That picture shows the images: publish it only if both sets may be.
+ones. That picture shows the images: publish it only if both sets may be. Indices of public images count through PUBLIC
+in its order.
 """
 
 from __future__ import annotations
@@ -57,14 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = duplicates.check(public, private.images, network, progress=True)
         record = {"public": _shown(options.public), "private": _shown(options.private), **found.to_plain()}
         record["provenance"] = records.provenance()
-        records.write_atomically(options.out, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items())
+        records.write_atomically(options.out, "{\n" + ",\n".join(lines) + "\n}\n")
         if options.picture is not None:
             options.picture.parent.mkdir(parents=True, exist_ok=True)
             data.save_grid(options.picture, closest_pairs(public, private.images, found))
     except (data.InputError, OSError) as error:
         print(f"check_duplicates.py: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.out}: {found.suspects} of {found.num_private} private images are suspects (not DP)")
+    print(f"wrote {options.out}: {len(found.suspects)} of {found.num_private} private images are suspects (not DP)")
     return 0
 
 

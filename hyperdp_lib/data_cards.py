@@ -74,12 +74,12 @@ def duplicates_sentences(folder: str | Path) -> str:
     """For each pair, what was compared and how many private images are suspects."""
     lines = []
     for name, record in duplicate_records(folder):
-        suspects, private = record["suspects"], record["num_private"]
+        suspects, private = len(record["suspects"]), record["num_private"]
         colour = "colour" if record["channels"] == 3 else "grey"
         lines.append(
             f"- **{name}**: {private:,} private against {record['num_public']:,} public images, {colour}, "
             f"{record['image_size']} x {record['image_size']} pixels. {record['matches_in_all']:,} private images "
             f"have a near public one by every measure; **{suspects:,}** ({100 * suspects / private:.2g}%) are "
-            "*suspects*, nearer to a public image than to any other private one, as a copy would be."
+            "*suspects*."
         )
     return "\n".join(lines)

@@ -44,7 +44,13 @@ def test_nothing_on_record_is_said_plainly(tmp_path):
 def test_table_and_sentences_follow_the_records(tmp_path):
     one = dict(measure="pixels", threshold=0.25, match_rate=0.5, control_rate=0.125, nearer_to_public=0.0)
     record = dict(
-        num_private=1000, num_public=20_000, image_size=28, channels=1, matches_in_all=9, suspects=3, likenesses=[one]
+        num_private=1000,
+        num_public=20_000,
+        image_size=28,
+        channels=1,
+        matches_in_all=9,
+        suspects=[[1, 2]] * 3,
+        likenesses=[one],
     )
     (tmp_path / "drawings-mnist.json").write_text(json.dumps(record))
     assert "| drawings-mnist | pixels | 0.25 | 50.0% | 12.5% | 0.0% |" in data_cards.duplicates_table(tmp_path)
