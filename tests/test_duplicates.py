@@ -49,7 +49,6 @@ def test_likeness_without_copying_shows_in_the_control(network):
     pixels = found.likenesses[0]
     assert pixels.match_rate > 0.5 and pixels.control_rate > 0.5
     assert abs(pixels.median_to_public - pixels.median_to_private) < 0.1
-    assert len(found.suspects) < 0.02 * found.num_private
 
 
 def test_nearest_is_the_nearest_whatever_the_chunks(monkeypatch):
