@@ -24,6 +24,7 @@ The modules, in the order in which to read them:
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
+`nested`            a release with as many coordinates as declared size and noise support
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
 `reference_stats`   features of a reference set, summed up in a file
@@ -79,6 +80,7 @@ __all__ = [
     "lora_geometry",
     "lora_products",
     "mechanism",
+    "nested",
     "notebook",
     "originals",
     "private_scores",

@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _release(options: argparse.Namespace) -> None:
     _check_budget(options)
     _check_count("--num-samples", options.num_samples, least=0)
+    if options.declared_size is not None:
+        _check_count("--declared-size", options.declared_size)
     _check_output(options.out, options.overwrite, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
@@ -75,6 +77,10 @@ def _release(options: argparse.Namespace) -> None:
         _tell(f"note: the {len(private.class_names)} class names become public; they must hold no secret")
     if options.seed is not None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
+    if options.declared_size is not None:
+        per_class = options.declared_size / len(private.class_names or ("one",))
+        network = network.fitting(_noise_std(options), per_class)
+        _tell(f"a sum has {network.encoder.config.dimension - 1} coordinates, besides the count")
     released = release.release(
         private_images.to(options.device),
         network.to(options.device),
@@ -478,10 +484,23 @@ def _geometry(base_model: Any) -> tuple[int, int]:
     return int(base_model.config.sample_size), int(base_model.config.in_channels)
 
 
+def _noise_std(options: argparse.Namespace) -> float:
+    """Of the noise on a sum: known before anything is read."""
+    from hyperdp_lib import accounting, mechanism
+
+    multiplier = options.noise_multiplier
+    if multiplier is None:
+        multiplier = accounting.noise_multiplier(options.epsilon, options.delta)
+    sums = mechanism.GaussianSum(1, multiplier, neighboring_relation=options.neighboring_relation)
+    return sums.noise_std
+
+
 def _base_model_name(hypernetwork: str) -> str:
     """Where diffusers finds the base model: what the adapter's configuration says."""
-    shipped = Path(__file__).parent / "weights" / hypernetwork / "base"
-    return f"hyperdp_lib/weights/{hypernetwork}/base" if shipped.is_dir() else f"{hypernetwork}/base"
+    from hyperdp_lib.hypernetwork import WEIGHTS, foundation, resolve
+
+    folder = foundation(resolve(hypernetwork))
+    return f"hyperdp_lib/weights/{folder.name}/base" if folder.parent == WEIGHTS else f"{hypernetwork}/base"
 
 
 def features_file(name_or_path: str) -> Path:
@@ -517,6 +536,12 @@ def _parser() -> Parser:
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add(
+        "--declared-size",
+        type=int,
+        metavar="N",
+        help="number of images, about, that may be public: glyphs-nested sums as many coordinates as it supports",
+    )
     add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--invert", action="store_true", help="swap black and white; the glyphs model draws white on black")

@@ -143,9 +143,10 @@ def compare(
         # spawned, not forked: a fork of a process whose thread pool has run may hang
         context = torch.multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(setting,)) as pool:
-            waiting = {
-                pool.submit(_run_in_worker, *cell, out, command, cell[2] == first_seed): cell for cell in missing
-            }
+            # backwards: the slowest cells stand last, and none of them should be left to run alone at the end
+            waiting = [
+                pool.submit(_run_in_worker, *cell, out, command, cell[2] == first_seed) for cell in reversed(missing)
+            ]
             for finished in as_completed(waiting):
                 finished.result()
                 bar.update()
@@ -348,7 +349,8 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
         base_model, network = hypernetworks.load_pretrained(hypernetwork, device)
         folder = hypernetworks.resolve(hypernetwork)
         if feature_network is None:
-            feature_network = evaluation.FeatureNetwork.from_pretrained(folder / "features.safetensors")
+            scoring = hypernetworks.foundation(folder) / "features.safetensors"
+            feature_network = evaluation.FeatureNetwork.from_pretrained(scoring)
         if (folder / SETTINGS_FILE).is_file():
             found = Settings.from_json((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     return base_model.to(device), network.to(device), feature_network.to(device), found

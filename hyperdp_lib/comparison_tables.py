@@ -18,7 +18,10 @@ from .certificate import Certificate
 from .report import METHOD_LABELS, numbers, order, select, value
 
 # methods whose whole private part is the one noisy sum of `controls.noisy_class_sums`; their records name no accountant
-_ONE_SUM = ("dp_deepsets", "dp_deepsets_refined", "nearest_public", "noisy_class_means")
+_ONE_SUM = (
+    "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "nearest_public",
+    "noisy_class_means",
+)  # fmt: skip
 
 
 def common_table(scores: pd.DataFrame, pair: str) -> str:

@@ -32,6 +32,7 @@ class EncoderConfig:
     image_size: int = 16
     channels: int = 1
     width: int = 32
+    count_coordinate: float = COUNT_COORDINATE
 
 
 class Encoder(nn.Module):
@@ -66,8 +67,9 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embed images (N, C, H, W) in [-1, 1] -> (N, k)."""
         direction = F.normalize(self.head(self.convolutions(images)), dim=1, eps=1e-6)
-        count = torch.full_like(direction[:, :1], COUNT_COORDINATE)
-        return torch.cat([count, direction * (1 - COUNT_COORDINATE**2) ** 0.5], 1)
+        constant = self.config.count_coordinate
+        count = torch.full_like(direction[:, :1], constant)
+        return torch.cat([count, direction * (1 - constant**2) ** 0.5], 1)
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ _PALETTE = sns.color_palette("colorblind")
 METHOD_COLOURS = {
     "dp_deepsets": _PALETTE[0],
     "dp_deepsets_refined": (0.10, 0.25, 0.55),
+    "dp_deepsets_nested": (0.00, 0.55, 0.60),
+    "dp_deepsets_nested_refined": (0.00, 0.33, 0.33),
     "dp_hybrid": _PALETTE[9],
     "dp_lora": _PALETTE[3],
     "dp_ldm": _PALETTE[1],

@@ -59,9 +59,9 @@ class HyperNetwork(nn.Module):
     config : see ``HyperNetworkConfig``.
     """
 
-    def __init__(
-        self, encoder: Encoder, base_model: nn.Module, config: HyperNetworkConfig | None = None
-    ) -> None:
+    encoder: Any  # an `Encoder`, or what is called and used like one
+
+    def __init__(self, encoder: Any, base_model: nn.Module, config: HyperNetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config = HyperNetworkConfig() if config is None else config
         self.encoder = encoder.requires_grad_(False).eval()
@@ -122,7 +122,14 @@ class HyperNetwork(nn.Module):
         std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(
             len(noisy_sum)
         )
-        features = torch.cat(summary(noisy_sum, std), 1)
+        return self.generate(self.features(noisy_sum, std), names)
+
+    def features(self, noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
+        """What the trunk reads of noisy sums (T, k) and the standard deviations of their noise (T,)."""
+        return torch.cat(summary(noisy_sum, noise_std, self.encoder.config.count_coordinate), 1)
+
+    def generate(self, features: Tensor, names: tuple[str, ...] | None = None) -> Adapter:
+        """Adapters of T data sets from what the trunk reads."""
         h = self.trunk_in(features)
         for block in self.blocks:
             h = h + block(h)
@@ -133,27 +140,40 @@ class HyperNetwork(nn.Module):
             m.name: (a.reshape(-1, *m.a_shape), b.reshape(-1, *m.b_shape))
             for m, a, b in zip(self.geometry.modules, parts_a, parts_b, strict=True)
         }
-        names = tuple(str(i) for i in range(len(noisy_sum))) if names is None else tuple(names)
+        names = tuple(str(i) for i in range(len(features))) if names is None else tuple(names)
         return Adapter(self.lora_config, self.geometry, factors, names)
+
+    def using(self, coordinates: int) -> HyperNetwork:
+        """Itself, for sums of so many coordinates besides the count; see `nested` for one that has a choice."""
+        present = self.encoder.config.dimension - 1
+        if coordinates != present:
+            raise InputError(f"this hypernetwork reads sums of {present} coordinates, not {coordinates}.")
+        return self
+
+    def fitting(self, noise_std: float, declared_per_class: float) -> HyperNetwork:
+        """Itself, whatever the noise on a sum and the declared size of a class."""
+        return self
 
     def decoder_state(self) -> dict[str, Tensor]:
         """Weights without the encoder's."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
 
 
-def noisy_count(noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
+def noisy_count(noisy_sum: Tensor, noise_std: Tensor, count_coordinate: float = COUNT_COORDINATE) -> Tensor:
     """Counts (T,) of noisy sums (T, k), kept at least at their own noise level (T,), and at least one."""
-    floor = (noise_std / COUNT_COORDINATE).clamp_min(1.0)
-    return torch.maximum(noisy_sum[:, 0] / COUNT_COORDINATE, floor)
+    floor = (noise_std / count_coordinate).clamp_min(1.0)
+    return torch.maximum(noisy_sum[:, 0] / count_coordinate, floor)
 
 
-def summary(noisy_sum: Tensor, noise_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def summary(
+    noisy_sum: Tensor, noise_std: Tensor, count_coordinate: float = COUNT_COORDINATE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy mean (T, k - 1) scaled to unit size, log noise on it (T, 1), log noisy count (T, 1).
 
     The count is kept at least at its own noise level (and at least one), so that a sum which is all noise gives a
     bounded mean, and the mean is pulled back into the ball in which every true mean lies.
     """
-    count = noisy_count(noisy_sum, noise_std)
+    count = noisy_count(noisy_sum, noise_std, count_coordinate)
     mean = noisy_sum[:, 1:] / count[:, None]
     noise = noise_std / count
     length = mean.norm(dim=1, keepdim=True).clamp_min(1e-6)
@@ -185,6 +205,12 @@ def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors")
     )
 
 
+def foundation(folder: Path) -> Path:
+    """The folder with the base model and the feature network that weights were made for: their own, or another's."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return WEIGHTS / manifest["builds_on"] if "builds_on" in manifest else folder
+
+
 def load_pretrained(
     name_or_path: str | Path = "glyphs", device: str = "cpu"
 ) -> tuple[nn.Module, HyperNetwork]:
@@ -196,7 +222,13 @@ def load_pretrained(
 
     folder = resolve(name_or_path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    base_model = load_base_model(folder / "base")
+    base_model = load_base_model(foundation(folder) / "base")
+    if manifest.get("kind") == "nested":
+        from hyperdp_lib.nested import load_nested
+
+        nested = load_nested(folder, base_model, manifest)
+        nested.base_model_sha256 = tensors_sha256(base_model.state_dict())
+        return base_model.to(device), nested.to(device).eval().requires_grad_(False)
     encoder = Encoder(EncoderConfig(**manifest["encoder"]))
     encoder.load_state_dict({k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()})
     hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))

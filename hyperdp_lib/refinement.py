@@ -112,7 +112,8 @@ def refine(
     names = tuple(class_names) or ("adapter",)
     if released.ndim != 2 or len(released) != len(names):
         raise InputError(f"noisy_sum must have a row for each of the {len(names)} classes.")
-    count = noisy_count(released, released.new_full((len(released),), float(noise_std)))[:, None]
+    noise = released.new_full((len(released),), float(noise_std))
+    count = noisy_count(released, noise, hypernetwork.encoder.config.count_coordinate)[:, None]
     inputs, average = released.clone(), torch.zeros_like(released)
     counted = range(config.num_rounds // 2, config.num_rounds)
     for number in tqdm(range(config.num_rounds), desc="refine", disable=None if progress else True):
@@ -151,6 +152,7 @@ def refine_release(
     statement = released.certificate
     if statement.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()) or statement.noise_std is None:
         raise InputError("the release was not made with this hypernetwork's encoder: name its own.")
+    hypernetwork = hypernetwork.using(released.noisy_sum.shape[1] - 1)
     adapter = refine(
         released.noisy_sum,
         statement.noise_std,

@@ -21,6 +21,8 @@ from .records import load_records
 METHOD_LABELS = {
     "dp_deepsets": "DP-DeepSets",
     "dp_deepsets_refined": "DP-DeepSets, refined",
+    "dp_deepsets_nested": "DP-DeepSets, nested",
+    "dp_deepsets_nested_refined": "DP-DeepSets, nested and refined",
     "dp_hybrid": "hybrid (sum then DP-SGD)",
     "dp_lora": "DP-SGD LoRA",
     "dp_ldm": "DP-LDM",
@@ -55,8 +57,8 @@ RIVALS = (
 )
 # every other private method that makes images: what the chapter on rivals compares ours with
 OTHER_METHODS = (
-    "dp_deepsets_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
-    "direct_conditioning", "adapter_mixture",
+    "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_hybrid", "dp_lora", "dp_ldm",
+    "dp_mepf", "dp_layer_search", "dp_embedding_sgd", "direct_conditioning", "adapter_mixture",
 )  # fmt: skip
 _VERDICTS = (
     "better",
@@ -279,7 +281,7 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
 def standings(scores: pd.DataFrame, epsilons: Iterable[float] = (1.0, 10.0)) -> str:
     """A list of sentences (`standing`): ours, plain and refined, against all on record that make images."""
     lines = []
-    for ours in ("dp_deepsets", "dp_deepsets_refined"):
+    for ours in ("dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined"):
         for epsilon in epsilons:
             known = set(scores[scores["epsilon"] == epsilon]["method"])
             others = [one for one in (*OTHER_METHODS, "nearest_public") if one in known and one != ours]

@@ -9,6 +9,7 @@ from torch import nn
 
 from hyperdp_lib import diffusion, embedding, hypernetwork, refinement
 from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.refinement import RefinementConfig, refine
 
 COUNT, K = 100.0, 6  # images in each class; dimensions besides the count
@@ -21,6 +22,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.gain, self.offset = nn.Parameter(torch.tensor(gain)), offset
         self.encoder = nn.Identity()
+        self.encoder.config = EncoderConfig(dimension=K + 1)
         self.seen = []
 
     def forward(self, noisy_sum, noise_std, names=None):

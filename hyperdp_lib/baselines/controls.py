@@ -109,13 +109,24 @@ def noisy_class_sums(
     """
     rows = None if private_labels is None else private_labels.cpu().numpy().astype(np.int64)
     embeddings = embedding.embed(encoder, private_images, batch_size=1000).detach().cpu().numpy()
-    config = mechanism.GaussianSum(
-        dimension=embeddings.shape[1],
+    config = _config(epsilon, delta, neighboring_relation, embeddings.shape[1], num_classes)
+    return mechanism.noisy_sum([(embeddings, rows)], config, seed=seed), config.noise_std
+
+
+def noise_std(epsilon: float, delta: float = 1e-5, neighboring_relation: str = "add_or_remove_one") -> float:
+    """Standard deviation of the noise on a sum of vectors of norm one: public, before anything is read."""
+    return _config(epsilon, delta, neighboring_relation, 1, 1).noise_std
+
+
+def _config(
+    epsilon: float, delta: float, neighboring_relation: str, dimension: int, num_rows: int
+) -> mechanism.GaussianSum:
+    return mechanism.GaussianSum(
+        dimension=dimension,
         noise_multiplier=0.0 if math.isinf(epsilon) else accounting.noise_multiplier(epsilon, delta),
-        num_rows=num_classes,
+        num_rows=num_rows,
         neighboring_relation=neighboring_relation,
     )
-    return mechanism.noisy_sum([(embeddings, rows)], config, seed=seed), config.noise_std
 
 
 def noisy_means(noisy_sum: np.ndarray | Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.hypernetwork import WEIGHTS
+from hyperdp_lib.hypernetwork import WEIGHTS, load_pretrained
 from hyperdp_lib.refinement import RefinementConfig
 
 
@@ -167,12 +167,12 @@ class Bench:
         """Images to sample: the same number for each class."""
         return self.settings.num_images - self.settings.num_images % len(self.class_names)
 
-    def noisy_sum(self, epsilon: float, seed: int) -> tuple[np.ndarray, float]:
-        """The noisy sum of this budget and seed; asked again, the same."""
+    def noisy_sum(self, epsilon: float, seed: int, encoder: Any = None) -> tuple[np.ndarray, float]:
+        """The noisy sum of this budget and seed; asked again, the same. Default: of the hypernetwork's encoder."""
         return controls.noisy_class_sums(
             self.private_train.images,
             self.private_train.labels,
-            self.hypernetwork.encoder,
+            self.hypernetwork.encoder if encoder is None else encoder,
             epsilon=epsilon,
             num_classes=len(self.class_names),
             delta=self.delta,
@@ -217,37 +217,59 @@ _NO_SCORES = {"frechet_distance": None, "features": None, "precision": None, "re
 
 def dp_deepsets(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Ours: noisy sum, hypernetwork, adapters, samples."""
-    started = time.perf_counter()
-    noisy_sum, noise_std = bench.noisy_sum(epsilon, seed)
-    with torch.no_grad():
-        adapter = bench.hypernetwork(
-            torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device), noise_std
-        )
-    released = time.perf_counter()
-    images, labels = bench.sample(adapter, seed)
-    seconds = {"release": released - started, "sample": time.perf_counter() - released}
-    return Outcome(images, labels, seconds, 0, noisy_sum.size, 1)
+    return _ours(bench, epsilon, seed, bench.hypernetwork)
 
 
 def dp_deepsets_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Ours, decoded in a closed loop: the same noisy sum, hence the same price."""
+    return _ours(bench, epsilon, seed, bench.hypernetwork, bench.settings.config("dp_deepsets_refined", epsilon))
+
+
+def dp_deepsets_nested(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Ours, with as many nested coordinates as the declared size and the noise support."""
+    return _ours(bench, epsilon, seed, _fitting(bench, epsilon))
+
+
+def dp_deepsets_nested_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Nested coordinates, decoded in a closed loop."""
+    config = bench.settings.config("dp_deepsets_nested_refined", epsilon)
+    return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
+
+
+def _fitting(bench: Bench, epsilon: float) -> Any:
+    """The nested hypernetwork for the declared size of a class and the noise of this budget."""
+    (network,) = bench.public_models("dp_deepsets_nested")
+    noise_std = controls.noise_std(epsilon, bench.delta, bench.neighboring_relation)
+    per_class = len(bench.private_train) / len(bench.class_names)
+    return network.fitting(noise_std, per_class)
+
+
+def _ours(
+    bench: Bench, epsilon: float, seed: int, hypernetwork: Any, refining: RefinementConfig | None = None
+) -> Outcome:
+    """One noisy sum, decoded once, or in a closed loop."""
     started = time.perf_counter()
-    noisy_sum, noise_std = bench.noisy_sum(epsilon, seed)
-    config = bench.settings.config("dp_deepsets_refined", epsilon)
-    adapter = refinement.refine(
-        noisy_sum,
-        noise_std,
-        bench.hypernetwork,
-        bench.base_model,
-        config,
-        class_names=bench.class_names,
-        generator=generator_for(seed),
-        progress=bench.progress,
-    )
+    noisy_sum, noise_std = bench.noisy_sum(epsilon, seed, hypernetwork.encoder)
+    if refining is None:
+        with torch.no_grad():
+            sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
+            adapter = hypernetwork(sums, noise_std)
+    else:
+        adapter = refinement.refine(
+            noisy_sum,
+            noise_std,
+            hypernetwork,
+            bench.base_model,
+            refining,
+            class_names=bench.class_names,
+            generator=generator_for(seed),
+            progress=bench.progress,
+        )
     released = time.perf_counter()
     images, labels = bench.sample(adapter, seed)
     seconds = {"release": released - started, "sample": time.perf_counter() - released}
-    return Outcome(images, labels, seconds, 0, noisy_sum.size, 1, plain_config(config))
+    chosen = plain_config(refining) if refining else {}
+    return Outcome(images, labels, seconds, 0, noisy_sum.size, 1, chosen)
 
 
 def public_only(bench: Bench, epsilon: float, seed: int) -> Outcome:
@@ -376,6 +398,10 @@ _LORA_NON_PRIVATE = DPLoraConfig(
 METHODS: Mapping[str, Method] = {
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
     "dp_deepsets_refined": Method(dp_deepsets_refined, also=(math.inf,), default=RefinementConfig()),
+    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="glyphs-nested"),
+    "dp_deepsets_nested_refined": Method(
+        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="glyphs-nested"
+    ),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
     "dp_ldm": Method(
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="glyphs-latent"
@@ -431,6 +457,8 @@ def public_models_source(
             return hypernetwork, direct_conditioning.load_direct_conditioning(device=device)
         if method == "adapter_mixture":
             return hypernetwork, adapter_mixture.load_adapter_mixture(base_model=base_model, device=device)
+        if method == "dp_deepsets_nested":
+            return (load_pretrained("glyphs-nested", device)[1],)
         raise InputError(f"{method!r} has no public models.")
 
     return models

@@ -1,0 +1,404 @@
+"""A release that fits the data: nested coordinates, as many as a declared size and noise support.
+
+One sum of k numbers is too much for twelve images at epsilon = 1, where the noise on each coordinate of the mean is
+0.3, and too little for ten thousand, where it is 0.0004. Here the coordinates are ordered, so that the first few say
+the most: the leading directions in which public data sets differ from one another. A release takes the first k of
+them, scales every image's vector back to the same length, and sums; nothing else about the mechanism changes. k is
+public: it follows from the *declared* size, the noise and a table made on held-out public tasks.
+
+What the coordinates are of: the features of a network that tells public characters apart and redraws them, beside the
+encoder of `hyperdp_lib.training`. That encoder was trained to survive noise on tasks like the public ones, and tells
+those apart better than a plain classifier's features do; on drawings unlike them it is the other way round, by far.
+The shares of the two were chosen on public drawings by people (Kuzushiji-Kanji, Omniglot, Quick, Draw!).
+
+The base model is the one of the weights it builds on, untouched: adapters of both can be compared, and so can rivals.
+
+`python -m hyperdp_lib.nested --out FOLDER` trains it: the features, the directions, the hypernetwork; public data only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from hyperdp_lib import embedding
+from hyperdp_lib.artefacts import library_versions, tensors_sha256
+from hyperdp_lib.data import InputError, from_levels
+from hyperdp_lib.embedding import Encoder, EncoderConfig
+from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.glyphs import GlyphTasks
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained, summary
+from hyperdp_lib.training import (
+    PRESETS,
+    Loop,
+    Preset,
+    StageConfig,
+    TaskPool,
+    adapted_loss,
+    log_uniform,
+    simulate_sums,
+    stream,
+)
+
+COORDINATES = (8, 16, 32, 64)  # sizes a release may have, besides the count
+COUNT_COORDINATE = 0.25  # less than the plain encoder's: it takes less of the norm from what there is to say
+SHARES = (1.0, 0.5)  # standard deviation, over public tasks, of the new features and of the plain encoder's
+FEATURES_STAGE = StageConfig(1000, 128, 3, 1e-3)
+HYPERNETWORK_STAGE = StageConfig(2000, 64, 8, 8e-4, 0.999)
+REDRAW = 0.5  # weight of redrawing the image, beside telling characters apart
+POOL_TASKS = 1536
+NOISE_LEVELS = (0.5, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.003)  # on the mean; where the table has rows
+
+
+class NestedEncoder(nn.Module):
+    """Image -> the first of the nested coordinates; called and used like `embedding.Encoder`.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    features : FeatureNetwork
+        Public, frozen, one image at a time.
+    centre : (D,), projection : (D, 64)
+        Public: mean and leading directions of the features of both, with their shares; see `directions`.
+    coordinates : int
+        How many are used, one of ``COORDINATES``. Output: (N, 1 + coordinates), of norm one.
+    """
+
+    centre: Tensor
+    projection: Tensor
+
+    def __init__(
+        self, encoder: Encoder, features: FeatureNetwork, centre: Tensor, projection: Tensor, coordinates: int = 64
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.features = features.requires_grad_(False).eval()
+        self.register_buffer("centre", centre)
+        self.register_buffer("projection", projection)
+        self.use(coordinates)
+
+    def use(self, coordinates: int) -> None:
+        """Give so many coordinates from now on."""
+        if coordinates not in COORDINATES:
+            raise InputError(f"coordinates must be one of {COORDINATES}, got {coordinates}.")
+        self.coordinates = coordinates
+        self.config = dataclasses.replace(
+            self.encoder.config, dimension=1 + coordinates, count_coordinate=COUNT_COORDINATE
+        )
+
+    def train(self, mode: bool = True) -> NestedEncoder:
+        """Frozen: always in evaluation mode."""
+        return super().train(False)
+
+    def everything(self, images: Tensor) -> Tensor:
+        """All 64 coordinates (N, 1 + 64), not yet of norm one: what `first` cuts."""
+        raw = _both(self.encoder, self.features, images)
+        nested = (raw - self.centre) @ self.projection
+        return torch.cat([torch.full_like(nested[:, :1], COUNT_COORDINATE), nested], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] -> (N, 1 + coordinates), of norm one."""
+        nested = self.everything(images)
+        sizes = torch.full((len(nested),), self.coordinates, device=nested.device)
+        return first(nested, sizes)[:, : 1 + self.coordinates]
+
+
+class NestedHyperNetwork(HyperNetwork):
+    """The hypernetwork for sums of nested coordinates: it reads as many as there are, and is told how many.
+
+    Attributes
+    ----------
+    table : mapping
+        Noise on the mean -> number of coordinates -> denoising loss on held-out public tasks.
+    """
+
+    def __init__(self, encoder: NestedEncoder, base_model: nn.Module, config: HyperNetworkConfig | None = None) -> None:
+        super().__init__(encoder, base_model, config)
+        self.trunk_in = nn.Linear(COORDINATES[-1] + 2 + len(COORDINATES), self.config.hidden)
+        self.table: Mapping[float, Mapping[int, float]] = {}
+
+    def features(self, noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
+        """What the trunk reads: the noisy mean with zeros where there is no coordinate, and which sizes there are."""
+        mean, *rest = summary(noisy_sum, noise_std, COUNT_COORDINATE)
+        sizes = torch.tensor(COORDINATES, device=mean.device) == mean.shape[1]
+        told = sizes.to(mean.dtype).expand(len(mean), -1)
+        return torch.cat([F.pad(mean, (0, COORDINATES[-1] - mean.shape[1])), *rest, told], 1)
+
+    def using(self, coordinates: int) -> NestedHyperNetwork:
+        """A copy for releases of so many coordinates."""
+        other = copy.deepcopy(self)
+        other.encoder.use(coordinates)
+        return other
+
+    def fitting(self, noise_std: float, declared_per_class: float) -> NestedHyperNetwork:
+        """A copy with as many coordinates as a declared size of a class and the noise on a sum support; both public."""
+        return self.using(self.coordinates_for(noise_std, declared_per_class))
+
+    def coordinates_for(self, noise_std: float, declared_per_class: float) -> int:
+        """How many coordinates do best on held-out public tasks under the noise of a declared, public size."""
+        if not self.table:
+            raise InputError("these weights have no table of losses: they were not made by hyperdp_lib.nested.")
+        noise = max(noise_std / max(declared_per_class, 1.0), 1e-6)
+        losses = self.table[min(self.table, key=lambda level: abs(math.log(level / noise)))]
+        return min(losses, key=lambda size: losses[size])
+
+
+def first(nested: Tensor, sizes: Tensor) -> Tensor:
+    """Each row's first coordinates, zeros after them, scaled so that with the count the norm is one.
+
+    ``nested`` is (T, ..., 1 + 64), ``sizes`` (T,).
+    """
+    order = torch.arange(nested.shape[-1] - 1, device=nested.device)
+    kept = (order < sizes[:, None]).view(len(sizes), *(1,) * (nested.ndim - 2), -1)
+    direction = F.normalize(nested[..., 1:] * kept, dim=-1, eps=1e-6)
+    return torch.cat([nested[..., :1], direction * math.sqrt(1 - COUNT_COORDINATE**2)], -1)
+
+
+def _both(encoder: nn.Module, features: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([features(images), encoder(images)[:, 1:]], 1)
+
+
+@torch.no_grad()
+def directions(encoder: Encoder, features: FeatureNetwork, tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre (D,) and leading 64 directions (D, 64) in which the means of public tasks (T, M, C, H, W) differ."""
+    raw = torch.cat([_both(encoder, features, part) for part in tasks.flatten(0, 1).split(embedding.CHUNK)])
+    means = raw.view(*tasks.shape[:2], -1).mean(1)
+    split = features.dimension
+    weights = torch.ones(raw.shape[1])
+    for part, share in ((slice(None, split), SHARES[0]), (slice(split, None), SHARES[1])):
+        weights[part] = share / means[:, part].var(0).sum().sqrt()
+    centre = means.mean(0)
+    _, _, rows = torch.linalg.svd((means - centre) * weights, full_matrices=False)
+    return centre, weights[:, None] * rows[: COORDINATES[-1]].T
+
+
+def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]) -> NestedHyperNetwork:
+    """What `hypernetwork.load_pretrained` calls for weights of this kind; float32."""
+    state = {k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()}
+    encoder = Encoder(EncoderConfig(**manifest["encoder"]))
+    features = FeatureNetwork(encoder.config.channels, encoder.config.image_size, name="codes")
+    nested = NestedEncoder(encoder, features, state["centre"], state["projection"])
+    nested.load_state_dict(state)
+    network = NestedHyperNetwork(nested, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
+    decoder = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
+    network.load_state_dict(decoder | {f"encoder.{k}": v for k, v in nested.state_dict().items()})
+    network.table = {float(level): {int(k): v for k, v in row.items()} for level, row in manifest["table"].items()}
+    return network
+
+
+# ---- public training ---------------------------------------------------------------------------------------
+
+
+def train_features(preset: Preset, stage: StageConfig, source: Any, out: Path) -> FeatureNetwork:
+    """A network that tells public characters apart, and from whose features each image can be redrawn."""
+    torch.manual_seed(77)
+    network = FeatureNetwork(preset.encoder.channels, preset.encoder.image_size, name="codes")
+    pixels = preset.encoder.channels * preset.encoder.image_size**2
+    classes = min(preset.feature_classes, source.num_classes)
+    head = nn.Sequential(nn.GELU(), nn.Linear(network.dimension, classes))
+    redraw = nn.Sequential(nn.Linear(network.dimension, 512), nn.GELU(), nn.Linear(512, pixels))
+    loop = Loop("codes", [(network, 1.0), (head, 1.0), (redraw, 1.0)], stage, out)
+    if not loop.done:
+        batches = stream(source, stage.tasks, stage.images, 7700 + loop.step, classes)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            levels, labels = next(batches)
+            images = from_levels(levels).flatten(0, 1)
+            codes = network(images)
+            logits, labels = head(codes), labels.repeat_interleave(stage.images)
+            classify, picture = F.cross_entropy(logits, labels), F.mse_loss(redraw(codes), images.flatten(1))
+            accuracy = (logits.argmax(1) == labels).float().mean()
+            return classify + REDRAW * picture, {
+                "classify": classify.detach(), "redraw": picture.detach(), "accuracy": accuracy,
+            }  # fmt: skip
+
+        loop.run(loss, every=min(200, stage.steps))
+    loop.modules.load_state_dict(loop.average)
+    return network.eval().requires_grad_(False)
+
+
+def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
+    """Start as the plain hypernetwork, its input predicted from the new one by least squares over public tasks."""
+
+    def means(encoder: Any) -> Tensor:
+        return embedding.embed(encoder, tasks.flatten(0, 1))[:, 1:].view(*tasks.shape[:2], -1).mean(1)
+
+    with torch.no_grad():
+        new, old = means(network.encoder), means(plain.encoder)
+        predict = torch.linalg.lstsq(torch.cat([new, torch.ones(len(new), 1)], 1), old).solution
+        k, width = old.shape[1], new.shape[1]
+        reads = plain.trunk_in.weight
+        start = {key: value for key, value in plain.decoder_state().items() if not key.startswith("trunk_in.")}
+        network.load_state_dict(start, strict=False)
+        network.trunk_in.weight.zero_()
+        network.trunk_in.weight[:, :width] = reads[:, :k] @ predict[:width].T
+        network.trunk_in.weight[:, width : width + 2] = reads[:, k : k + 2]
+        network.trunk_in.bias.copy_(plain.trunk_in.bias + 8.0 * reads[:, :k] @ predict[width])
+
+
+class HeldOut:
+    """256 held-out tasks: what the table of losses is made of."""
+
+    def __init__(self, encoder: NestedEncoder, preset: Preset, tasks: Any, images: int) -> None:
+        drawn = tasks.sample_tasks(256, images + 40, torch.Generator().manual_seed(preset.seed + 4900))
+        self.queries = drawn[:, :images]
+        with torch.no_grad():
+            parts = [encoder.everything(part) for part in drawn[:, images:].flatten(0, 1).split(500)]
+        self.nested = torch.cat(parts).unflatten(0, (len(drawn), 40))
+
+    @torch.no_grad()
+    def loss(self, network: NestedHyperNetwork, base_model: nn.Module, noise: float, coordinates: int) -> float:
+        """Mean denoising loss under adapters of sums of 1000 embeddings with this noise on their mean."""
+        tasks, g = len(self.queries), torch.Generator().manual_seed(5)
+        sizes = torch.full((tasks,), 1000.0)
+        codes = first(self.nested, torch.full((tasks,), coordinates))[..., : 1 + coordinates]
+        sums, std = simulate_sums(codes, sizes, noise * sizes, g)
+        return float(adapted_loss(base_model, network(sums, std), self.queries, torch.Generator().manual_seed(1)))
+
+
+def train(out: Path, *, smoke: bool = False) -> Path:
+    """All of the public training, from the shipped weights ``glyphs``; resumes; writes the weights to ``out``.
+
+    ``smoke``: a few tiny steps, to see that everything runs.
+    """
+    from hyperdp_lib.baselines.decoders import smoke_preset
+
+    preset = smoke_preset() if smoke else PRESETS["glyphs"]
+    features_stage = dataclasses.replace(FEATURES_STAGE, steps=2, tasks=8) if smoke else FEATURES_STAGE
+    stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
+    checkpoints = out / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    base_model, plain = load_pretrained("glyphs")
+    source, held_out_tasks = GlyphTasks(preset.glyphs), GlyphTasks(preset.glyphs, "held_out")
+    features = train_features(preset, features_stage, source, checkpoints)
+    typical = source.sample_tasks(100 if smoke else 2000, 12, torch.Generator().manual_seed(11))
+    encoder = NestedEncoder(plain.encoder, features, *directions(plain.encoder, features, typical))
+    network = NestedHyperNetwork(encoder, base_model, plain.config)
+    _warm_start(network, plain, typical)
+    held_out = HeldOut(encoder, preset, held_out_tasks, stage.images)
+    learned = nn.ModuleList([network.trunk_in, network.blocks, network.trunk_out, network.head_a, network.head_b])
+    loop = Loop("hypernetwork", [(learned, 1.0)], stage, checkpoints)
+    if not loop.done:
+        pool_preset = dataclasses.replace(
+            preset,
+            pool_tasks=min(POOL_TASKS, preset.pool_tasks),
+            encoder=dataclasses.replace(preset.encoder, dimension=1 + COORDINATES[-1]),
+        )
+        pool = TaskPool(pool_preset, _Everything(encoder), source, 8000 + loop.step, "cpu")  # type: ignore[arg-type]
+        g = torch.Generator().manual_seed(8500 + loop.step)
+
+        def loss(step: int) -> tuple[Tensor, dict]:
+            pool.refresh()
+            rows = torch.randperm(len(pool.images), generator=g)[: stage.tasks]
+            order = torch.rand(len(rows), pool.images.shape[1], generator=g).argsort(1)
+            images = pool.images[rows[:, None], order[:, : stage.images]]
+            set_sizes = log_uniform(*preset.set_size, len(rows), g).round()
+            noise_std = log_uniform(*preset.mean_noise, len(rows), g) * set_sizes
+            sizes = torch.tensor(COORDINATES)[torch.randint(len(COORDINATES), (len(rows),), generator=g)]
+            codes = first(pool.codes[rows[:, None], order[:, stage.images :]], sizes)
+            sums, noise_std = simulate_sums(codes, set_sizes, noise_std, g)
+            # one batch of all sizes: the zeros after a task's own coordinates are no coordinates of it
+            value = adapted_loss(base_model, _of_sizes(network, sums, noise_std, sizes), from_levels(images), g)
+            return value, {"loss": value.detach()}
+
+        def check() -> dict:
+            asked = ((0.3, 8), (0.3, 16), (0.03, 32), (0.03, 64), (0.001, 64))
+            return {f"noise {noise} k {k}": held_out.loss(network, base_model, noise, k) for noise, k in asked}
+
+        loop.run(loss, every=min(100, stage.steps), check=check)
+    loop.modules.load_state_dict(loop.average)
+    network.eval().requires_grad_(False)
+    network.table = {
+        noise: {k: round(held_out.loss(network, base_model, noise, k), 5) for k in COORDINATES}
+        for noise in (NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
+    }
+    _write(out, network, loop, source, preset)
+    return out
+
+
+class _Everything(nn.Module):
+    """All coordinates, for the pool of tasks: `first` cuts them at every step anew."""
+
+    def __init__(self, encoder: NestedEncoder) -> None:
+        super().__init__()
+        self.nested = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.nested.everything(images)
+
+
+def _of_sizes(network: NestedHyperNetwork, sums: Tensor, noise_std: Tensor, sizes: Tensor) -> Any:
+    """Adapters of sums of different sizes in one batch, in their order."""
+    read = [network.features(sums[sizes == k][:, : 1 + k], noise_std[sizes == k]) for k in COORDINATES]
+    order = torch.cat([torch.nonzero(sizes == k)[:, 0] for k in COORDINATES]).argsort()
+    return network.generate(torch.cat(read)[order])
+
+
+def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, preset: Preset) -> None:
+    for name, state in (("encoder", network.encoder.state_dict()), ("hypernetwork", network.decoder_state())):
+        half = {k: v.detach().half().contiguous() for k, v in state.items()}
+        (out / f"{name}.safetensors").write_bytes(to_safetensors(half))
+    manifest = {
+        "name": "glyphs-nested",
+        "kind": "nested",
+        "builds_on": "glyphs",
+        "command": "python -m hyperdp_lib.nested --out FOLDER",
+        "public_data": source.describe(),
+        "encoder": asdict(network.encoder.encoder.config),
+        "hypernetwork": asdict(network.config),
+        "coordinates": COORDINATES,
+        "count_coordinate": COUNT_COORDINATE,
+        "shares": SHARES,
+        "stages": {"features": asdict(FEATURES_STAGE), "hypernetwork": asdict(loop.config)},
+        "steps": loop.step,
+        "history": loop.history,
+        "table": network.table,
+        "encoder_sha256": tensors_sha256(network.encoder.state_dict()),
+        "versions": library_versions(),
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    rows = "\n".join(
+        f"| {noise:g} | {' | '.join(f'{row[k]:.4f}' for k in COORDINATES)} |" for noise, row in network.table.items()
+    )
+    (out / "README.md").write_text(f"""# Weights `glyphs-nested`
+
+Encoder of nested coordinates and the hypernetwork that reads the first 8, 16, 32 or 64 of them. Public data only.
+
+- **Data.** As for the weights `glyphs`, whose base model it adapts and whose encoder is part of it.
+- **Command.** `python -m hyperdp_lib.nested --out FOLDER`: {loop.step} steps, {loop.seconds / 60:.0f} minutes of one
+  shared core for the hypernetwork.
+- **Use.** `hyperdp release IMAGES --hypernetwork glyphs-nested --declared-size N ...`. Half precision.
+
+Denoising loss on held-out public tasks, by noise on the mean and number of coordinates; the smallest of a row decides:
+
+| noise | {" | ".join(map(str, COORDINATES))} |
+|---|{"---|" * len(COORDINATES)}
+{rows}
+""")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, or go on training."""
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.nested", description="Train nested coordinates.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
+    options = parser.parse_args(arguments)
+    print(train(options.out, smoke=options.smoke))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
