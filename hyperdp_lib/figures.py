@@ -211,6 +211,58 @@ def scores_against_epsilon(
     return figure
 
 
+# from real data down to a private release: method, at the epsilon asked for?, what the step adds
+_STEPS = (
+    ("real", False, "real held-out images"),
+    ("lora_non_private", False, "LoRA trained on the images, not private"),
+    ("dp_embedding_sgd", False, "best adapters that the hypernetwork can make, no noise"),
+    ("dp_deepsets_nested_refined", False, "nested coordinates, decoded in a closed loop, no noise"),
+    ("dp_deepsets_nested", False, "nested coordinates, decoded once, no noise"),
+    ("dp_deepsets_refined", False, "one sum, decoded in a closed loop, no noise"),
+    ("dp_deepsets", False, "one sum, decoded once, no noise"),
+    ("dp_deepsets_nested_refined", True, "nested coordinates, decoded in a closed loop"),
+    ("dp_deepsets_nested", True, "nested coordinates, decoded once"),
+    ("dp_deepsets_refined", True, "one sum, decoded in a closed loop"),
+    ("dp_deepsets", True, "one sum, decoded once"),
+)
+
+
+def waterfall(
+    scores: pd.DataFrame, pair: str, epsilon: float, *, show: Sequence[str] = ("frechet_distance", "accuracy")
+) -> Figure:
+    """Where quality goes between real images and a private release: a bar for each step that is on record.
+
+    Parameters
+    ----------
+    scores
+        From `records.load_records`.
+    pair, epsilon
+        Which private data, and the budget of the private steps.
+    """
+    chosen = report.select(scores, pair)
+    steps = []
+    for method, private, text in _STEPS:
+        rows = report.select(chosen, pair, method=method, epsilon=epsilon if private else math.inf)
+        if len(rows):
+            steps.append((method, private, f"{text}, ε = {epsilon:g}" if private else text, rows))
+    figure, panels = plt.subplots(1, len(show), figsize=(9.6, 0.9 + 0.34 * len(steps)), sharey=True, squeeze=False)
+    for axes, score in zip(panels[0], show, strict=True):
+        for place, (method, private, _, rows) in enumerate(steps):
+            known = rows[f"scores.{score}"].dropna().astype(float)
+            if known.empty:
+                continue
+            mean, spread = known.mean(), known.std() if len(known) > 1 else 0.0
+            colour = METHOD_COLOURS.get(method, "0.5")
+            axes.barh(place, mean, xerr=spread, color=colour, alpha=1.0 if private else 0.45, height=0.7)
+            axes.text(mean + spread, place, f" {report.value(rows, score)}", va="center", fontsize="x-small")
+        axes.set_title(report.SCORE_LABELS.get(score, score), fontsize="small")
+        axes.margins(x=0.3)
+        axes.grid(axis="y", visible=False)
+    panels[0][0].set_yticks(range(len(steps)), [text for _, _, text, _ in steps], fontsize="x-small")
+    panels[0][0].invert_yaxis()
+    return figure
+
+
 def _tick(epsilon: float) -> str:
     if epsilon == 0:
         return "0\nno private\ndata"

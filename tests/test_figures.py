@@ -56,3 +56,17 @@ def test_scores_against_epsilon(tmp_path) -> None:
     assert len(left.containers) == len(right.containers) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["DP-DeepSets", "DP-SGD LoRA"]
     figure.canvas.draw()
+
+
+def test_waterfall_shows_the_steps_on_record_from_real_to_private(tmp_path) -> None:
+    cells = [("dp_deepsets", 1.0, 35.0), ("dp_deepsets", None, 23.0), ("real", None, 4.0), ("dp_deepsets", 10.0, 99.0)]
+    for method, epsilon, distance in cells:
+        for seed in (0, 1):
+            scores = {"accuracy": 0.5, "frechet_distance": distance + seed}
+            Record("p-q", method, epsilon, 1e-5, "add_or_remove_one", 10, seed, scores=scores).save(tmp_path)
+    distances, accuracies = figures.waterfall(load_records(tmp_path), "p-q", 1.0).axes
+    labels = [label.get_text() for label in distances.get_yticklabels()]
+    assert [label.split(",")[0] for label in labels] == ["real held-out images", "one sum", "one sum"]
+    assert labels[-1].endswith("ε = 1")
+    assert [bar.get_width() for bar in distances.patches] == [4.5, 23.5, 35.5]
+    assert len(accuracies.patches) == 3
