@@ -24,6 +24,7 @@ The modules, in the order in which to read them:
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
+`posterior`         what a noisy sum leaves open: draws of the clean mean
 `nested`            a release with as many coordinates as declared size and noise support
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
@@ -83,6 +84,7 @@ __all__ = [
     "nested",
     "notebook",
     "originals",
+    "posterior",
     "private_scores",
     "records",
     "reference_stats",

@@ -1,0 +1,136 @@
+r"""What a noisy sum leaves open: draws of the clean mean behind it. No privacy cost.
+
+One adapter is one guess. Under much noise many data sets could have given the same sum, and a reader should see how far
+apart they are. Take the means of data sets as Gaussian, with the mean ``a`` and the covariance ``B`` that public tasks
+have, and the images of one data set as spread by ``W`` about its mean. Of n images the noisy mean is then
+
+    m = theta + error,   theta ~ N(a, B),   error ~ N(0, W / n + tau^2 I),   tau = noise_std / n,
+
+and what is known of theta after seeing m is again Gaussian (e.g. Bishop 2006, section 2.3.3):
+
+    N( a + G (m - a),  B - G B ),   G = B (B + W / n + tau^2 I)^-1.
+
+n is the noisy count. Each draw is decoded as if it were a clean mean. Draws that look alike say that the noise did not
+matter; draws of different characters say that the release does not know which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperdp_lib import embedding
+from hyperdp_lib.adapter import Adapter
+from hyperdp_lib.data import InputError
+from hyperdp_lib.hypernetwork import noisy_count
+
+CLEAN = 0.01  # noise on the mean that the hypernetwork is told for a draw: little, as on a large data set's
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Means of public data sets, in the coordinates of an encoder besides the count.
+
+    Attributes
+    ----------
+    mean : Tensor
+        ``(k - 1,)``.
+    between, within : Tensor
+        ``(k - 1, k - 1)``: covariance of data sets' means, and of images about the mean of theirs.
+    """
+
+    mean: Tensor
+    between: Tensor
+    within: Tensor
+
+    @classmethod
+    def fit(cls, encoder: Any, tasks: Tensor) -> Prior:
+        """From public tasks ``(T, M, C, H, W)``, T well above k and M at least 2."""
+        codes = embedding.embed(encoder, tasks.flatten(0, 1))[:, 1:].double().view(*tasks.shape[:2], -1)
+        size = codes.shape[1]
+        if size < 2 or len(codes) <= codes.shape[2]:
+            raise InputError(f"a prior over {codes.shape[2]} coordinates needs more tasks than that, of two images.")
+        means = codes.mean(1)
+        within = torch.cov((codes - means[:, None]).flatten(0, 1).T) * size / (size - 1)
+        between = torch.cov(means.T) - within / size
+        # an estimate: what sampling error made negative is no variance
+        values, vectors = torch.linalg.eigh(between)
+        return cls(means.mean(0), (vectors * values.clamp_min(0)) @ vectors.T, within)
+
+
+def posterior(
+    noisy_sum: np.ndarray | Tensor, noise_std: float, prior: Prior, count_coordinate: float
+) -> tuple[Tensor, Tensor]:
+    """Means ``(K, k - 1)`` and covariances ``(K, k - 1, k - 1)`` of the clean means behind a noisy sum ``(K, k)``."""
+    sums = torch.as_tensor(noisy_sum).double()
+    if sums.shape[1] - 1 != len(prior.mean):
+        raise InputError(f"the prior is over {len(prior.mean)} coordinates, the sum has {sums.shape[1] - 1}.")
+    count = noisy_count(sums, sums.new_full((len(sums),), float(noise_std)), count_coordinate)
+    noise = (noise_std / count).square()
+    identity = torch.eye(len(prior.mean), dtype=torch.float64)
+    error = prior.within / count[:, None, None] + noise[:, None, None] * identity
+    gain = torch.linalg.solve(prior.between + error, prior.between.expand_as(error)).mT  # B (B + error)^-1
+    seen = sums[:, 1:] / count[:, None]
+    means = prior.mean + torch.einsum("kij,kj->ki", gain, seen - prior.mean)
+    covariances = prior.between - gain @ prior.between
+    return means, (covariances + covariances.mT) / 2
+
+
+def draw(
+    noisy_sum: np.ndarray | Tensor,
+    noise_std: float,
+    prior: Prior,
+    num_draws: int,
+    *,
+    count_coordinate: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Clean means ``(num_draws, K, k - 1)`` that could have given the noisy sum ``(K, k)``, as likely as they are.
+
+    ``generator``: public randomness, on the CPU.
+    """
+    if num_draws < 1:
+        raise InputError(f"num_draws must be at least 1, got {num_draws}.")
+    means, covariances = posterior(noisy_sum, noise_std, prior, count_coordinate)
+    values, vectors = torch.linalg.eigh(covariances)
+    root = vectors * values.clamp_min(0).sqrt()[:, None]
+    normal = torch.randn(num_draws, *means.shape, generator=generator, dtype=torch.float64)
+    return means + torch.einsum("kij,dkj->dki", root, normal)
+
+
+@torch.no_grad()
+def decode_draws(
+    noisy_sum: np.ndarray | Tensor,
+    noise_std: float,
+    hypernetwork: Any,
+    prior: Prior,
+    num_draws: int,
+    *,
+    class_names: Sequence[str] = (),
+    generator: torch.Generator,
+) -> Adapter:
+    """Adapters of the draws of each class, K times ``num_draws``: those of a class stand together.
+
+    Examples
+    --------
+    >>> adapter, certificate, noisy_sum = release(...)  # doctest: +SKIP
+    >>> prior = Prior.fit(hypernetwork.encoder, tasks.sample_tasks(2000, 12, generator))  # doctest: +SKIP
+    >>> maybes = decode_draws(noisy_sum, certificate.noise_std, hypernetwork, prior, 8,
+    ...                       generator=torch.Generator().manual_seed(0))  # doctest: +SKIP
+    """
+    names = tuple(class_names) or ("adapter",)
+    constant = hypernetwork.encoder.config.count_coordinate
+    clean = draw(noisy_sum, noise_std, prior, num_draws, count_coordinate=constant, generator=generator)
+    sums = torch.as_tensor(noisy_sum).double()
+    count = noisy_count(sums, sums.new_full((len(sums),), float(noise_std)), constant)
+    counts = count.repeat_interleave(num_draws)[:, None]
+    means = clean.transpose(0, 1).flatten(0, 1)
+    inputs = torch.cat([constant * counts, counts * means], 1)
+    device = next(hypernetwork.parameters()).device
+    drawn_names = tuple(f"{name}/{number}" for name in names for number in range(num_draws))
+    return hypernetwork(inputs.float().to(device), (CLEAN * counts[:, 0]).float().to(device), drawn_names).detach()

@@ -1,0 +1,123 @@
+"""Draws of the clean mean: Gaussian algebra against an independent computation, and calibration by simulation."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from hyperdp_lib import posterior
+from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import EncoderConfig
+from hyperdp_lib.posterior import Prior
+
+K, COUNT = 5, 0.5
+
+
+def some_prior(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    root, other = torch.randn(2, K, K, generator=g, dtype=torch.float64)
+    return Prior(torch.randn(K, generator=g, dtype=torch.float64), root @ root.T + torch.eye(K), 0.1 * other @ other.T)
+
+
+def test_the_formula_is_that_of_conditioning_a_joint_gaussian():
+    """Of theta and m jointly Gaussian, by numpy on the joint covariance, without the gain."""
+    prior, n, noise_std = some_prior(), 40.0, 20.0
+    m = np.random.default_rng(1).normal(size=K)
+    sums = np.concatenate([[n * COUNT], n * m])[None]
+    means, covariances = posterior.posterior(sums, noise_std, prior, COUNT)
+    b, w, a = (value.numpy() for value in (prior.between, prior.within, prior.mean))
+    precision = np.linalg.inv(b)
+    noise = np.linalg.inv(w / n + (noise_std / n) ** 2 * np.eye(K))
+    covariance = np.linalg.inv(precision + noise)
+    assert np.allclose(covariances[0], covariance)
+    assert np.allclose(means[0], covariance @ (precision @ a + noise @ m))
+
+
+def test_much_noise_leaves_the_prior_and_none_the_mean():
+    prior, m = some_prior(), np.ones(K)
+    sums = np.concatenate([[1e6 * COUNT], 1e6 * m])[None]
+    means, covariances = posterior.posterior(sums, 0.0, prior, COUNT)
+    assert np.allclose(means, m, atol=1e-3) and covariances.abs().max() < 1e-3
+    narrow = Prior(prior.mean, 1e-6 * prior.between, prior.within)  # noise is never taken for more than the count
+    sums = np.concatenate([[10 * COUNT], 10 * m])[None]
+    means, covariances = posterior.posterior(sums, 1e6, narrow, COUNT)
+    assert np.allclose(means, prior.mean, atol=1e-3) and np.allclose(covariances, narrow.between, atol=1e-8)
+
+
+def test_draws_are_calibrated():
+    """The truth's rank among draws is uniform; 200 data sets, chi-square on 10 bins, false alarm below 1e-6."""
+    prior, g, n, noise_std = some_prior(), torch.Generator().manual_seed(3), 30.0, 12.0
+    rng = np.random.default_rng(3)
+    ranks = []
+    for _ in range(200):
+        theta = rng.multivariate_normal(prior.mean.numpy(), prior.between.numpy())
+        error = rng.multivariate_normal(np.zeros(K), prior.within.numpy() / n + (noise_std / n) ** 2 * np.eye(K))
+        sums = np.concatenate([[n * COUNT], n * (theta + error)])[None]
+        drawn = posterior.draw(sums, noise_std, prior, 99, count_coordinate=COUNT, generator=g)[:, 0, 0].numpy()
+        ranks.append((drawn < theta[0]).sum())
+    counts = np.histogram(ranks, bins=np.linspace(0, 100, 11))[0]
+    assert stats.chisquare(counts).pvalue > 1e-6
+    crowded = np.histogram(np.array(ranks) // 2, bins=np.linspace(0, 100, 11))[0]  # the test can fail
+    assert stats.chisquare(crowded).pvalue < 1e-6
+
+
+class Encoder(nn.Module):
+    """Images are their own codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = EncoderConfig(dimension=K + 1)
+        self.parameter = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        return torch.cat([torch.full((len(images), 1), COUNT), images.flatten(1)], 1)
+
+
+def test_the_prior_is_estimated_without_the_spread_of_images():
+    """Means of 4 images spread by W have covariance B + W / 4: the fit takes W / 4 off."""
+    truth, rng = some_prior(1), np.random.default_rng(4)
+    theta = rng.multivariate_normal(truth.mean.numpy(), truth.between.numpy(), 20_000)
+    images = theta[:, None] + rng.multivariate_normal(np.zeros(K), truth.within.numpy(), (20_000, 4))
+    fitted = Prior.fit(Encoder(), torch.tensor(images, dtype=torch.float32)[:, :, None, None])
+    assert np.allclose(fitted.between, truth.between, atol=0.06 * truth.between.abs().max())
+    assert np.allclose(fitted.within, truth.within, atol=0.06 * truth.within.abs().max())
+    assert np.allclose(fitted.mean, truth.mean, atol=0.1)
+
+
+class Recorder(nn.Module):
+    """A hypernetwork that keeps what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.asked = Encoder(), None
+
+    def forward(self, sums, noise_std, names):
+        self.asked = (sums, noise_std, names)
+        return sums
+
+
+def test_each_class_gets_its_draws_as_clean_means():
+    network, prior = Recorder(), some_prior()
+    means = np.random.default_rng(5).normal(size=(2, K))
+    sums = 1000 * np.concatenate([np.full((2, 1), COUNT), means], 1)
+    posterior.decode_draws(
+        sums, 0.0, network, prior, 3, class_names=("a", "b"), generator=torch.Generator().manual_seed(0)
+    )
+    asked, noise_std, names = network.asked
+    assert names == ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2") and asked.shape == (6, K + 1)
+    assert torch.allclose(asked[:, 0], torch.full((6,), 1000 * COUNT))
+    assert np.allclose(asked[:, 1:] / 1000, means.repeat(3, 0), atol=0.1)
+    assert torch.allclose(noise_std, torch.full((6,), 1000 * posterior.CLEAN))
+
+
+def test_bad_input_is_said():
+    prior = some_prior()
+    with pytest.raises(InputError, match="coordinates"):
+        posterior.posterior(np.ones((1, K)), 1.0, prior, COUNT)
+    with pytest.raises(InputError, match="num_draws"):
+        posterior.draw(
+            np.ones((1, K + 1)), 1.0, prior, 0, count_coordinate=COUNT, generator=torch.Generator().manual_seed(0)
+        )
+    with pytest.raises(InputError, match="more tasks"):
+        Prior.fit(Encoder(), torch.zeros(3, 2, K, 1, 1))
