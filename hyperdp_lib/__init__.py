@@ -24,12 +24,12 @@ The modules, in the order in which to read them:
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
-`posterior`         what a noisy sum leaves open: draws of the clean mean
 `nested`            a release with as many coordinates as declared size and noise support
+`posterior`         what a noisy sum leaves open: draws of the clean mean
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
 `reference_stats`   features of a reference set, summed up in a file
-`auditing`          attacks on the mechanism, and the mutants they must catch
+`auditing`          attacks on the mechanism and on what it releases, and the mutants they must catch
 `private_scores`    scores that may be published: noisy, and charged
 `baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations

@@ -346,6 +346,8 @@ def _audit(options: argparse.Namespace) -> int:
         return _audit_mutants(options)
     if options.dp_sgd:
         return _audit_dp_sgd(options)
+    if options.attacks:
+        return _audit_attacks(options)
     made = auditing.audit(
         options.epsilon,
         delta=options.delta,
@@ -398,6 +400,26 @@ def _audit_mutants(options: argparse.Namespace) -> int:
             print(f"{name:<40} {', '.join(caught) or '-'}")
     intact, *broken = table.values()
     return 0 if not intact and all(broken) else 1
+
+
+def _audit_attacks(options: argparse.Namespace) -> int:
+    from hyperdp_lib.auditing import attacks
+
+    made = attacks.membership("dp_deepsets", options.epsilon, delta=options.delta)
+    if options.json:
+        print(json.dumps(made, indent=1))
+        return 0 if made["passed"] else 1
+    print(
+        f"who was in? {made['trials']} releases of {made['num_candidates'] // 2} digits on average, "
+        f"after {made['shadows']} to learn from"
+    )
+    for one in made["attacks"]:
+        print(
+            f"  from the {one['attack']:<9}  advantage {one['advantage']:+.3f} "
+            f"[{one['advantage_low']:+.3f}, {one['advantage_high']:+.3f}]   at most {one['advantage_bound']:.3f}"
+        )
+    print("the claim stands" if made["passed"] else "THE CLAIM IS FALSE")
+    return 0 if made["passed"] else 1
 
 
 # ---- checks before any work --------------------------------------------------------------------------------
@@ -621,6 +643,7 @@ def _parser() -> Parser:
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--trials", type=int, default=200_000, help="runs on each of two neighbouring data sets; default: 200000")
     add("--dp-sgd", action="store_true", help="audit the DP-SGD of the rivals instead, in one run of 1000 canaries")
+    add("--attacks", action="store_true", help="guess instead who was in, from releases of digits: a few minutes")
     add("--mutants", action="store_true", help="show instead which checks catch which broken mechanism")
     add("--json", action="store_true", help="print everything as JSON")
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from hyperdp_lib import accounting, auditing, cli
-from hyperdp_lib.auditing import bounds, canaries, checks, mutants
+from hyperdp_lib.auditing import attacks, bounds, canaries, checks, mutants
 from hyperdp_lib.auditing.bounds import Counts
 from hyperdp_lib.auditing.pipeline import INTACT
 from hyperdp_lib.baselines import dp_sgd
@@ -198,6 +198,76 @@ def test_one_run_refutes_a_tenth_of_the_noise(monkeypatch):
     assert not made.passed and made.correct > 180
 
 
+# ---- attacks on what is released ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu", [0.3, 2.0])
+def test_a_thief_of_gaussian_scores_gets_what_theory_allows_and_no_more(mu):
+    """Scores of known mu, another mean for each candidate: near the bounds (six standard errors) from either side."""
+    rng = np.random.default_rng(0)
+    coins = rng.random((4000, 20)) < 0.5
+    scores = rng.normal(size=20) * 5 + mu * coins + rng.normal(size=coins.shape)
+    told = attacks.judge("scores", scores, coins, 2000, mu)
+    error = 6 * 1 / math.sqrt(2000 * 20)
+    assert told.advantage_bound == pytest.approx(2 * stats.norm.cdf(mu / 2) - 1)
+    assert abs(told.advantage - told.advantage_bound) < error
+    assert abs(told.auc - told.auc_bound) < error and abs(told.tpr_at_10 - told.tpr_at_10_bound) < 2 * error
+    assert told.advantage_low < told.advantage < told.advantage_high < told.advantage + error
+    assert 0.6 * mu - 0.2 < told.mu_lower_bound < mu
+
+
+def test_the_interval_of_the_advantage_holds_as_often_as_it_says():
+    """500 games, all guesses of a release right or wrong together: 1 % miss (six standard errors: 3.7 %)."""
+    rng = np.random.default_rng(1)
+    missed = 0
+    for _ in range(500):
+        together = 2.0 * (rng.random(100) < 0.7) - 1  # advantage 0.4
+        _, low, high = attacks._mean_and_interval(together)
+        missed += not low < 0.4 < high
+    assert missed / 500 <= 0.037
+
+
+def test_scores_of_a_worse_mechanism_are_refuted():
+    rng = np.random.default_rng(2)
+    coins = rng.random((2000, 8)) < 0.5
+    told = attacks.judge("scores", 2.0 * coins + rng.normal(size=coins.shape), coins, 500, mu=1.0)
+    assert told.mu_lower_bound > 1.0 and told.advantage_low > told.advantage_bound
+
+
+SMALL = attacks.Game(num_candidates=12, shadows=12, trials=12, loss_draws=2, num_samples=4, sampling_steps=2)
+
+
+def test_without_noise_every_member_is_found_and_with_noise_the_bound_holds(monkeypatch):
+    """Seeded noise: a game this small would miss its 99 % intervals now and then."""
+    original = attacks.mechanism.noisy_sum
+    monkeypatch.setattr(
+        attacks.mechanism, "noisy_sum", lambda batches, config, seed: original(batches, config, seed=seed or 1)
+    )
+    bare = attacks.membership("dp_deepsets", math.inf, game=SMALL)
+    by_sum = bare["attacks"][0]
+    assert by_sum["attack"] == "noisy sum" and by_sum["advantage"] > 0.9 and bare["mu"] is None
+    noisy = attacks.membership("dp_deepsets", 0.1, game=SMALL)
+    assert [one["attack"] for one in noisy["attacks"]] == ["noisy sum", "adapter", "samples"]
+    assert noisy["passed"] and all(one["advantage_low"] <= one["advantage_bound"] for one in noisy["attacks"])
+    assert "not DP" in noisy["label"] and len(noisy["closer_to_members"]) == 3
+    json.dumps([bare, noisy], allow_nan=False)
+
+
+@pytest.mark.parametrize("method, epsilon", [("dp_lora", 1.0), ("lora_non_private", math.inf)])
+def test_rivals_are_attacked_alike(method, epsilon):
+    made = attacks.membership(method, epsilon, game=replace(SMALL, shadows=4, trials=3, num_candidates=6))
+    assert [one["attack"] for one in made["attacks"]] == ["adapter", "samples"] and made["passed"]
+
+
+def test_inversion_finds_a_single_image_without_noise_only():
+    """32 sets of one image: without noise each is recognised; at epsilon 0.01 that many would be luck (p < 1e-6)."""
+    bare = attacks.inversion(math.inf, sets=32, num_steps=100)
+    assert bare["hits"] >= 30 and bare["rate_bound"] == 1.0
+    noisy = attacks.inversion(0.01, sets=32, num_steps=2)
+    assert noisy["hits"] < 30 and noisy["passed"] and noisy["rate_bound"] < 0.51
+    assert noisy["mismatch"] > 100 > bare["mismatch"]
+
+
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
@@ -232,6 +302,16 @@ def test_the_table_of_mutants(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"intact": [], "half noise": []}
 
 
+def test_the_command_attacks_what_is_released(monkeypatch, capsys):
+    original = attacks.membership
+    monkeypatch.setattr(attacks, "membership", lambda *args, **asked: original(*args, game=SMALL, **asked))
+    assert cli.main(["audit", "--attacks", "--epsilon", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "from the samples" in printed and "the claim stands" in printed
+    assert cli.main(["audit", "--attacks", "--epsilon", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "dp_deepsets"
+
+
 def test_the_records_are_made_once(tmp_path, monkeypatch):
     from hyperdp_lib.auditing.__main__ import main
 
@@ -239,10 +319,12 @@ def test_the_records_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "MUTANTS", {"float accumulation": mutants.MUTANTS["float accumulation"]})
     asked = ["--out", str(tmp_path), "--trials", "1000", "--repetitions", "2"]
     monkeypatch.setattr(canaries, "audit_dp_sgd", lambda *args, **kwargs: one_run)
+    monkeypatch.setattr(attacks, "membership", lambda method, epsilon, game: {"passed": game.trials > 0})
+    monkeypatch.setattr(attacks, "inversion", lambda epsilon, **asked: {"passed": True})
     one_run = canaries.CanaryAudit(1.0, 1e-5, 0.2, 0.99, 1000, 200, 120, "add_or_remove_one", math.inf)
     assert main(asked) == 0
     made = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert set(made) == {"release", "dp_sgd", "mutants", "intact"}
+    assert {"release", "dp_sgd", "mutants", "intact", "inversion", "membership_dp_lora_eps1"} <= set(made)
     assert len(made["release"]["result"]) == 6 and made["intact"]["result"]["flagged"] == 0
     assert all("commit" in one["provenance"] for one in made.values())
     broken = {**made["intact"], "result": {**made["intact"]["result"], "flagged": 1}}

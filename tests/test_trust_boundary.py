@@ -28,7 +28,7 @@ MAY_HOLD_PRIVATE_DATA = {
     "private_scores": "scores by the mechanism, charged",
     "comparison": "hands private sets to `release`, `baselines` and `evaluation`",
     "cli": "hands a user's private images to `release` and `comparison`",
-    "auditing": "attacks mechanisms with neighbouring data sets it makes up",
+    "auditing": "attacks mechanisms with neighbouring data sets that it makes up or takes from public digits",
 }
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (

@@ -1,12 +1,13 @@
 """Make the records of the chapter on audits: ``python -m hyperdp_lib.auditing --out book/results/audit``.
 
-Audits of the release at several budgets, of DP-SGD in one run each, every check on every mutant, and every check on the
-intact pipeline a hundred times. A file that is there is not made again.
+Audits of the release at several budgets, of DP-SGD in one run each, every check on every mutant, every check on the
+intact pipeline a hundred times, and attacks on what is released. A file that is there is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -18,7 +19,19 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperdp_lib import auditing, records
-from hyperdp_lib.auditing import canaries
+from hyperdp_lib.auditing import attacks, canaries
+
+# Each of (method, epsilon, releases): training is dear, so the rivals have fewer releases, half of them shadows.
+MEMBERSHIP = (
+    ("dp_deepsets", 1.0, 256),
+    ("dp_deepsets", 10.0, 256),
+    ("dp_deepsets", math.inf, 256),
+    ("dp_lora", 1.0, 128),
+    ("dp_lora", 10.0, 128),
+    ("lora_non_private", math.inf, 128),
+)
+# (images in a set, sets, epsilon)
+INVERSION = tuple((n, sets, epsilon) for n, sets in ((1, 128), (8, 64)) for epsilon in (1.0, 10.0, math.inf))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dp_sgd": one_run,
         "mutants": lambda: auditing.inspect_all(progress=True),
         "intact": intact,
+        "inversion": lambda: [attacks.inversion(e, num_private=n, sets=sets) for n, sets, e in INVERSION],
     }
+    for method, epsilon, count in MEMBERSHIP:
+        game = attacks.Game(shadows=count // 2, trials=count // 2)
+        parts[f"membership_{method}_eps{epsilon:g}"] = functools.partial(
+            attacks.membership, method, epsilon, game=game
+        )
     for name, make in parts.items():
         path = options.out / f"{name}.json"
         if path.exists():
@@ -68,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records.write_atomically(path, json.dumps({"result": result, "provenance": origin}, indent=1) + "\n")
     made = {name: json.loads((options.out / f"{name}.json").read_text(encoding="utf-8"))["result"] for name in parts}
     intact_first, *broken = made["mutants"].values()
-    fine = all(one["passed"] for one in (*made["release"], *made["dp_sgd"]))
+    games = [made[name] for name in parts if name.startswith("membership")]
+    fine = all(one["passed"] for one in (*made["release"], *made["dp_sgd"], *made["inversion"], *games))
     return 0 if fine and not intact_first and all(broken) and made["intact"]["flagged"] == 0 else 1
 
 
