@@ -74,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for method, epsilon, count in MEMBERSHIP:
         game = attacks.Game(shadows=count // 2, trials=count // 2)
-        parts[f"membership_{method}_eps{epsilon:g}"] = functools.partial(
-            attacks.membership, method, epsilon, game=game
-        )
+        parts[f"membership_{method}_eps{epsilon:g}"] = functools.partial(attacks.membership, method, epsilon, game=game)
     for name, make in parts.items():
         path = options.out / f"{name}.json"
         if path.exists():

@@ -160,9 +160,7 @@ def lira(scores: NDArray[np.floating], coins: NDArray[np.bool_], shadows: int) -
     return (mean_in - mean_out) * (scores[shadows:] - (mean_in + mean_out) / 2) / variance
 
 
-def judge(
-    attack: str, scores: NDArray[np.floating], coins: NDArray[np.bool_], shadows: int, mu: float
-) -> Membership:
+def judge(attack: str, scores: NDArray[np.floating], coins: NDArray[np.bool_], shadows: int, mu: float) -> Membership:
     """Run `lira`, compare its guesses with the coins, and put theory's bounds beside.
 
     Examples
