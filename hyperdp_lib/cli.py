@@ -254,7 +254,7 @@ def _compare(options: argparse.Namespace) -> None:
     settings = None
     if options.settings is not None:
         _check_input(options.settings)
-        settings = Settings.from_json(options.settings.read_text(encoding="utf-8"))
+        settings = Settings.from_json(_text(options.settings))
     paths = comparison.compare(
         options.private,
         methods=options.methods,
@@ -529,6 +529,13 @@ def features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
         return Path(__file__).parent / "weights" / "glyphs" / "features.safetensors"
     return Path(name_or_path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(f"cannot read {str(path)!r} as text ({type(error).__name__}); give a file in UTF-8")
 
 
 def _tell(text: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -99,13 +99,15 @@ class FeatureNetwork(nn.Module):
         """Read a file written by `save`; float32, evaluation mode, frozen."""
         if not Path(path).is_file():
             raise InputError(f"no feature network at {path}: give the path of a features.safetensors file.")
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-        if "feature_network" not in metadata:
-            raise InputError(f"{path} is not a feature network: it was not written by FeatureNetwork.save.")
-        network = cls(**json.loads(metadata["feature_network"]))
-        network.load_state_dict(tensors)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+                network = cls(**json.loads((file.metadata() or {})["feature_network"]))
+            network.load_state_dict(tensors)
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path} is not a feature network ({type(error).__name__}): it was not written by FeatureNetwork.save."
+            ) from error
         return network.eval().requires_grad_(False)
 
 

@@ -21,6 +21,8 @@ import numpy as np
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 Fit = Callable[[np.ndarray], np.ndarray]
+# An array of an archive that is larger than this and packed more tightly than that is a decompression bomb.
+LARGEST_DENSE, DENSEST = 2**30, 100  # bytes; bytes out of one byte
 # Pillow logs what it finds wrong and raises too; the error message is enough.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -223,6 +225,12 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{shown(path)} is not an .npz archive; save it with numpy.savez")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            for entry in archive.zip.infolist():
+                if entry.file_size > max(LARGEST_DENSE, DENSEST * entry.compress_size):
+                    raise InputError(
+                        f"{shown(path)} unpacks to {entry.file_size / 2**30:.0f} GiB (a decompression bomb?); "
+                        "save it with numpy.savez, which does not compress"
+                    )
             return {name: archive[name] for name in names if name in archive.files}
     except InputError:
         raise

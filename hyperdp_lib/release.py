@@ -158,6 +158,11 @@ def _check_labels(
         raise InputError("private_labels must hold one label for each image")
     if len(set(class_names)) != len(class_names):
         raise InputError("class_names must all be different")
+    return _folder_names(class_names)
+
+
+def _folder_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Class names, which become folders of a release: none may lead elsewhere, also not one from a certificate."""
     for name in class_names:
         if not name or name.startswith(".") or any(c in name for c in "/\\:\0"):
             raise InputError(f"the class name {name!r} cannot be a folder name: rename the class")
@@ -185,6 +190,7 @@ def save_release(
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise InputError(f"{str(folder)!r} exists: choose another --out, or --overwrite")
+    _folder_names(released.certificate.class_names)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     adapter, statement, noisy_sum = released
@@ -251,7 +257,7 @@ def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
 
 
 def _adapters(folder: Path, statement: Certificate | None, base_model: nn.Module) -> Adapter:
-    names = statement.class_names if statement else ()
+    names = _folder_names(statement.class_names) if statement else ()
     expected = statement.base_model_sha256 if statement else None
     if expected is not None and expected != tensors_sha256(base_model.state_dict()):
         raise InputError(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")

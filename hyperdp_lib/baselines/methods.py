@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, evaluation, refinement
+from hyperdp_lib import diffusion, evaluation, refinement, strict_json
 from hyperdp_lib.baselines import (
     adapter_mixture,
     controls,
@@ -71,6 +71,12 @@ class Settings:
     bank_images: int = 40
     configs: Mapping[str, Mapping[float, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("num_images", "sampling_steps", "num_nearest", "bank_tasks", "bank_images"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {count!r}.")
+
     def config(self, method: str, epsilon: float) -> Any:
         """The method's configuration tuned nearest to a budget, on a logarithmic scale; untuned, its default.
 
@@ -103,7 +109,7 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         """Inverse of `to_json`."""
         try:
-            values = json.loads(text)
+            values = strict_json.loads(text)
             values["configs"] = {
                 method: {float(epsilon): config_from_plain(method, plain) for epsilon, plain in tuned.items()}
                 for method, tuned in values["configs"].items()
