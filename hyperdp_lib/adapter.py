@@ -332,7 +332,7 @@ def load_adapter(folder: str | Path, base_model: nn.Module) -> Adapter:
         lora_config = LoraConfig.from_pretrained(str(folder))
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is damaged or not a PEFT configuration: {error}") from error
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -340,7 +340,12 @@ def load_adapter(folder: str | Path, base_model: nn.Module) -> Adapter:
     except safetensors.SafetensorError as error:
         raise InputError(f"{folder / WEIGHTS_FILE} is truncated or damaged: {error}") from error
 
-    geometry = lora_geometry(base_model, lora_config)
+    try:
+        geometry = lora_geometry(base_model, lora_config)
+    except InputError:
+        raise
+    except Exception as error:  # PEFT checks few of its fields, and trips over the others in many ways
+        raise InputError(f"{folder / CONFIG_FILE} does not fit this base model ({type(error).__name__})") from error
     wrong_base = f"The adapter in {folder} is for another base model than this {type(base_model).__name__}"
     factors = {}
     for module in geometry.modules:

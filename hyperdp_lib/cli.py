@@ -190,14 +190,24 @@ def _refine(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if (options.reference is None) == (options.private is None):
+        _refuse("give either --reference (a research metric) or --private and --epsilon (a noisy, charged score)")
+    if options.private is not None:
+        if options.epsilon is None:
+            _refuse("no privacy budget; give --epsilon (for example 0.5) for the noisy score")
+        _check_epsilon(options.epsilon)
+        _check_delta(options.delta)
+    elif options.epsilon is not None or options.seed is not None:
+        _refuse("--epsilon and --seed are for --private; scores against --reference have no noise")
+    real = options.reference if options.private is None else options.private
     _check_input(options.samples)
-    _check_input(options.reference)
+    _check_input(real)
     from hyperdp_lib import data, evaluation, reference_stats
 
     network = evaluation.FeatureNetwork.from_pretrained(features_file(options.features))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
-    if reference_stats.holds_statistics(options.reference):
+    if options.reference is not None and reference_stats.holds_statistics(options.reference):
         kept = reference_stats.ReferenceStatistics.load(options.reference)
         scores: dict[str, Any] = {
             "label": evaluation.NOT_DP,
@@ -206,11 +216,20 @@ def _evaluate(options: argparse.Namespace) -> None:
             "num_images": len(samples),
             "num_reference": kept.count,
         }
-        for note in (*samples.notes, f"reference statistics of {kept.source}: Fréchet distance only"):
-            _tell(note)
-        print(json.dumps(scores, indent=1))
-        return
-    reference = data.load_named_or_path(options.reference, *fit)
+        notes = (*samples.notes, f"reference statistics of {kept.source}: Fréchet distance only")
+    else:
+        images = data.load_named_or_path(real, *fit)
+        score = _research_scores if options.private is None else _private_score
+        scores = score(options, samples, images, network)
+        notes = (*samples.notes, *images.notes)
+    for note in notes:
+        _tell(note)
+    print(json.dumps(scores, indent=1))
+
+
+def _research_scores(options: argparse.Namespace, samples: Any, reference: Any, network: Any) -> dict[str, Any]:
+    from hyperdp_lib import evaluation
+
     ours = evaluation.features(network, samples.images)
     theirs = evaluation.features(network, reference.images)
     precision, recall = evaluation.precision_recall(ours, theirs)
@@ -231,9 +250,38 @@ def _evaluate(options: argparse.Namespace) -> None:
             )
         else:
             _tell("samples and reference name their classes differently; accuracy left out")
-    for note in (*samples.notes, *reference.notes):
-        _tell(note)
-    print(json.dumps(scores, indent=1))
+    return scores
+
+
+def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, network: Any) -> dict[str, Any]:
+    """One noisy score and its ledger entry: nothing else of the private images is told."""
+    from hyperdp_lib import private_scores
+    from hyperdp_lib.certificate import STAMP
+    from hyperdp_lib.strict_json import plain
+
+    budget: dict[str, Any] = dict(
+        epsilon=options.epsilon,
+        delta=options.delta,
+        neighboring_relation=options.neighboring_relation,
+        seed=options.seed,
+    )
+    if options.score == "accuracy":
+        if samples.labels is None or samples.class_names != private_set.class_names:
+            _refuse("an accuracy needs classes of the same names on both sides; try --score frechet-distance")
+        scored = private_scores.private_accuracy(
+            samples.images, samples.labels, private_set.images, private_set.labels, **budget
+        )
+    else:
+        scored = private_scores.private_frechet_distance(samples.images, private_set.images, network, **budget)
+    return {
+        "label": STAMP if scored.demonstration else "differentially private",
+        "score": options.score,
+        "value": scored.value,
+        "standard_error": scored.standard_error,
+        "noise_floor": scored.noise_floor,
+        "neighboring_relation": options.neighboring_relation,
+        "charge": plain(scored.charge),
+    }
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -603,9 +651,15 @@ def _parser() -> Parser:
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print what was done as JSON")
 
-    add = command("evaluate", _evaluate, "score samples against real images (a research metric, not DP)")
+    add = command("evaluate", _evaluate, "score samples against real images: a research metric, or a noisy score")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
-    add("--reference", required=True, metavar="REFERENCE", help="real images, or their statistics; e.g. digits-test")
+    add("--reference", metavar="REFERENCE", help="real images, or their statistics; e.g. digits-test. The scores are NOT DP")
+    add("--private", metavar="IMAGES", help="or private images: one noisy score that may be published, and its price")
+    add("--score", choices=("frechet-distance", "accuracy"), default="frechet-distance", help="of --private")
+    add("--epsilon", type=float, help="price of that score, on top of the release's")
+    add("--delta", type=float, default=1e-5, help="default: 1e-5")
+    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
     add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")

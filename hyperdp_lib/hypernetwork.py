@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -221,18 +222,24 @@ def load_pretrained(
     from hyperdp_lib.diffusion import load_base_model
 
     folder = resolve(name_or_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    base_model = load_base_model(foundation(folder) / "base")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        base_model = load_base_model(foundation(folder) / "base")
+        hypernetwork = _load(folder, base_model, manifest)
+    except (SafetensorError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
+    hypernetwork.base_model_sha256 = tensors_sha256(base_model.state_dict())
+    return base_model.to(device), hypernetwork.to(device).eval().requires_grad_(False)
+
+
+def _load(folder: Path, base_model: nn.Module, manifest: dict) -> HyperNetwork:
     if manifest.get("kind") == "nested":
         from hyperdp_lib.nested import load_nested
 
-        nested = load_nested(folder, base_model, manifest)
-        nested.base_model_sha256 = tensors_sha256(base_model.state_dict())
-        return base_model.to(device), nested.to(device).eval().requires_grad_(False)
+        return load_nested(folder, base_model, manifest)
     encoder = Encoder(EncoderConfig(**manifest["encoder"]))
     encoder.load_state_dict({k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()})
     hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
     state = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
     hypernetwork.load_state_dict(state | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
-    hypernetwork.base_model_sha256 = tensors_sha256(base_model.state_dict())
-    return base_model.to(device), hypernetwork.to(device).eval().requires_grad_(False)
+    return hypernetwork

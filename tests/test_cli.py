@@ -454,6 +454,34 @@ def test_evaluate_leaves_accuracy_out_when_it_cannot_know(feature_file, tmp_path
     assert json.loads(printed.out)["accuracy"] is None and "accuracy left out" in printed.err
 
 
+@pytest.mark.parametrize("score", ["frechet-distance", "accuracy"])
+def test_evaluate_against_private_images_is_noisy_and_charged(score, feature_file, tmp_path, capsys):
+    samples = tmp_path / "samples.npz"
+    data.save_npz(samples, data.digits("train"))
+    asked = ["evaluate", str(samples), "--private", "digits-test", "--score", score, "--features", feature_file]
+    found = []
+    for _ in range(2):
+        assert cli.main([*asked, "--epsilon", "0.5"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    first, second = found
+    assert first["label"] == "differentially private" and first["value"] != second["value"]
+    assert first["charge"]["epsilon"] == pytest.approx(0.5, rel=1e-5) and first["charge"]["kind"] == "gaussian"
+    assert set(first) == {"label", "score", "value", "standard_error", "noise_floor", "neighboring_relation", "charge"}
+    assert cli.main([*asked, "--epsilon", "0.5", "--seed", "0"]) == 0
+    assert "NOT PRIVATE" in json.loads(capsys.readouterr().out)["label"]
+
+
+def test_evaluate_refuses_scores_without_a_price_and_prices_without_a_score(feature_file, refused, images):
+    refused("evaluate", "digits", expect="give either --reference")
+    refused("evaluate", "digits", "--private", "digits", "--reference", "digits", expect="give either --reference")
+    refused("evaluate", "digits", "--private", "digits", expect="no privacy budget")
+    refused("evaluate", "digits", "--private", "digits", "--epsilon", "0", expect="positive number")
+    refused("evaluate", "digits", "--private", "digits", "--epsilon", "1", "--delta", "2", expect="--delta")
+    refused("evaluate", "digits", "--reference", "digits", "--epsilon", "1", expect="are for --private")
+    asked = ["--private", images, "--epsilon", "1", "--score", "accuracy", "--features", feature_file]
+    refused("evaluate", "digits", *asked, expect="classes of the same names")
+
+
 def test_evaluate_refuses_too_few_images_and_unknown_features(feature_file, refused, images, tmp_path):
     known = ["--reference", "digits-test", "--features", feature_file]
     refused("evaluate", tmp_path / "absent.npz", *known, expect="no such file")
