@@ -653,7 +653,7 @@ def _parser() -> Parser:
 
     add = command("evaluate", _evaluate, "score samples against real images: a research metric, or a noisy score")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
-    add("--reference", metavar="REFERENCE", help="real images, or their statistics; e.g. digits-test. The scores are NOT DP")
+    add("--reference", metavar="REFERENCE", help="real images, or their statistics; the scores are NOT DP")
     add("--private", metavar="IMAGES", help="or private images: one noisy score that may be published, and its price")
     add("--score", choices=("frechet-distance", "accuracy"), default="frechet-distance", help="of --private")
     add("--epsilon", type=float, help="price of that score, on top of the release's")

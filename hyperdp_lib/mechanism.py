@@ -37,8 +37,9 @@ are integers times ``clip_norm / G``: a rescaling after the fact. Nothing else d
 leaves: no count, no norm, no clip rate, no log line. Errors are structural, come before any noise, and
 quote no private value.
 
-*Not covered.* Timing, and the one bit "the call failed": whoever calls with malformed rows learns that they
-were malformed, so check labels against the public label set first.
+*Not covered.* Timing (the time grows with the number of examples, and by one pass over a batch in which a last
+digit slipped), and the one bit "the call failed": whoever calls with malformed rows learns that they were
+malformed, so check labels against the public label set first.
 """
 
 from __future__ import annotations

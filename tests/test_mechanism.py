@@ -39,6 +39,9 @@ def check_norms(to_grid, values, config):
 @example(np.full((3, 5), 1.7e308), 1.0, 20)
 @example(np.full((3, 5), 5e-324), 5e-324, 20)
 @example(np.full((3, 5), math.sqrt(0.2)), 1.0, 20)
+@example(np.array([1, 3, -1, -3, 5] * 3).reshape(3, 5) * 2.0**-21, 1.0, 20)  # ties: halfway between steps of the grid
+@example(np.full((3, 5), math.sqrt(0.2) * (1 + 2e-16)), 1.0, 29)
+@example(np.array([[0.6, 0.8, 5e-324, -5e-324, 0.0]] * 3), 1.0, 29)
 @example(np.array([[1.0, 0, 0, 0, 0], [0.6, 0.8, 0, 0, 0], [-1.0, -0.0, 0, 0, 0]]), 1.0, 20)
 def test_integer_norm_never_exceeds_the_clip_norm(values, clip_norm, grid_bits):
     config = GaussianSum(5, 1.0, clip_norm=clip_norm, grid_bits=grid_bits)

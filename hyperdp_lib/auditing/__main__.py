@@ -23,15 +23,15 @@ from hyperdp_lib.auditing import attacks, canaries
 
 # Each of (method, epsilon, releases): training is dear, so the rivals have fewer releases, half of them shadows.
 MEMBERSHIP = (
-    ("dp_deepsets", 1.0, 256),
-    ("dp_deepsets", 10.0, 256),
-    ("dp_deepsets", math.inf, 256),
-    ("dp_lora", 1.0, 128),
-    ("dp_lora", 10.0, 128),
-    ("lora_non_private", math.inf, 128),
+    ("dp_deepsets", 1.0, 192),
+    ("dp_deepsets", 10.0, 192),
+    ("dp_deepsets", math.inf, 192),
+    ("dp_lora", 1.0, 80),
+    ("dp_lora", 10.0, 80),
+    ("lora_non_private", math.inf, 80),
 )
 # (images in a set, sets, epsilon)
-INVERSION = tuple((n, sets, epsilon) for n, sets in ((1, 128), (8, 64)) for epsilon in (1.0, 10.0, math.inf))
+INVERSION = tuple((n, sets, epsilon) for n, sets in ((1, 128), (8, 32)) for epsilon in (1.0, 10.0, math.inf))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
