@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from hyperdp_lib import accounting, auditing, cli
-from hyperdp_lib.auditing import attacks, bounds, canaries, checks, mutants
+from hyperdp_lib.auditing import attacks, bounds, canaries, checks, inversion, mutants
 from hyperdp_lib.auditing.bounds import Counts
 from hyperdp_lib.auditing.pipeline import INTACT
 from hyperdp_lib.baselines import dp_sgd
@@ -278,9 +278,9 @@ def test_rivals_are_attacked_alike(method, epsilon):
 
 def test_inversion_finds_a_single_image_without_noise_only():
     """32 sets of one image: without noise each is recognised; at epsilon 0.01 that many would be luck (p < 1e-6)."""
-    bare = attacks.inversion(math.inf, sets=32, num_steps=100)
+    bare = inversion.invert(math.inf, sets=32, num_steps=100)
     assert bare["hits"] >= 30 and bare["rate_bound"] == 1.0
-    noisy = attacks.inversion(0.01, sets=32, num_steps=2)
+    noisy = inversion.invert(0.01, sets=32, num_steps=2)
     assert noisy["hits"] < 30 and noisy["passed"] and noisy["rate_bound"] < 0.51
     assert noisy["mismatch"] > 100 > bare["mismatch"]
 
@@ -337,7 +337,7 @@ def test_the_records_are_made_once(tmp_path, monkeypatch):
     asked = ["--out", str(tmp_path), "--trials", "1000", "--repetitions", "2"]
     monkeypatch.setattr(canaries, "audit_dp_sgd", lambda *args, **kwargs: one_run)
     monkeypatch.setattr(attacks, "membership", lambda method, epsilon, game: {"passed": game.trials > 0})
-    monkeypatch.setattr(attacks, "inversion", lambda epsilon, **asked: {"passed": True})
+    monkeypatch.setattr(inversion, "invert", lambda epsilon, **asked: {"passed": True})
     one_run = canaries.CanaryAudit(1.0, 1e-5, 0.2, 0.99, 1000, 200, 120, "add_or_remove_one", math.inf)
     assert main(asked) == 0
     made = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}

@@ -2,7 +2,7 @@
 
 `audit` re-runs the release on neighbouring data sets many times and bounds its privacy from below, assuming nothing
 about the noise; `inspect` runs every check of `checks` on a pipeline; `mutants` are broken pipelines that the checks
-must catch; `attacks` are what a thief of adapters or samples would try.
+must catch; `attacks` and `inversion` are what a thief of adapters, samples or sums would try.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperdp_lib import auditing, records
-from hyperdp_lib.auditing import attacks, canaries
+from hyperdp_lib.auditing import attacks, canaries, inversion
 
 # Each of (method, epsilon, releases): training is dear, so the rivals have fewer releases, half of them shadows.
 MEMBERSHIP = (
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dp_sgd": one_run,
         "mutants": lambda: auditing.inspect_all(progress=True),
         "intact": intact,
-        "inversion": lambda: [attacks.inversion(e, num_private=n, sets=sets) for n, sets, e in INVERSION],
+        "inversion": lambda: [inversion.invert(e, num_private=n, sets=sets) for n, sets, e in INVERSION],
     }
     for method, epsilon, count in MEMBERSHIP:
         game = attacks.Game(shadows=count // 2, trials=count // 2)

@@ -1,4 +1,4 @@
-r"""Attacks on what is released: who was in the private set, and what did they look like? Research only.
+r"""Attacks on what is released: who was in the private set? Research only.
 
 *Membership* (`membership`). Each of a few dozen candidate images is put into the private set by a fair coin, a release
 is made, and a thief guesses the coins: the likelihood-ratio attack of Carlini et al. (2022, arXiv 2112.03570). From
@@ -13,10 +13,6 @@ out, and says *in* where the first is the likelier. Three thieves, from most to 
 Under mu-GDP, whatever is known of the others, ``TPR <= Phi(Phi^-1(FPR) + mu)``. Averages over images and over the
 other coins keep it, since the right side is concave. So ``TPR - FPR <= 2 Phi(mu / 2) - 1`` and ``AUC <= Phi(mu /
 sqrt 2)``.
-
-*Inversion* (`inversion`). Images are sought whose embeddings sum to the noisy sum. Are they nearer to the members than
-to as many others? Exchanging n members for n others is 2 n removals and additions, so that nobody is right with
-probability above ``Phi(n mu)``.
 
 *Copies*. Are samples nearer to the members than to the candidates left out? `evaluation.memorisation`.
 """
@@ -197,60 +193,6 @@ def judge(attack: str, scores: NDArray[np.floating], coins: NDArray[np.bool_], s
     )
 
 
-def inversion(
-    epsilon: float,
-    *,
-    num_private: int = 1,
-    sets: int = 32,
-    num_steps: int = 150,
-    delta: float = 1e-5,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Reconstruct the images of several private sets from their noisy sums, knowing how many there are.
-
-    Returns
-    -------
-    dict
-        For JSON: ``hits``, sets whose reconstructions were nearer to the members than to as many others (mean distance
-        to the nearest, in public features); their ``rate`` and its Clopper-Pearson interval; ``rate_bound``; and
-        ``mismatch``, the distance left between the sum of the reconstructions and the noisy sum.
-    """
-    public = torch.Generator().manual_seed(seed)
-    digits = data.digits("train").images
-    drawn = digits[torch.randperm(len(digits), generator=public)[: 2 * sets * num_private]]
-    private_images, others = drawn.view(2, sets, num_private, *drawn.shape[1:])
-    base_model, network = hypernetwork.load_pretrained()
-    codes = embedding.embed(network.encoder, private_images.flatten(0, 1)).numpy()
-    noisy_sum, _ = _noisy_sums(codes, np.repeat(np.arange(sets), num_private), sets, epsilon, delta)
-    start = diffusion.sample(base_model, None, sets * num_private, generator=public, num_steps=8)
-    found, mismatch = _sum_to(torch.from_numpy(noisy_sum).float(), start, network.encoder, num_steps)
-    features = _feature_network()
-    seen, inside, outside = (
-        torch.from_numpy(evaluation.features(features, part.reshape(-1, *drawn.shape[1:]))).view(sets, num_private, -1)
-        for part in (found, private_images, others)
-    )
-    to_members, to_others = (torch.cdist(part, seen).amin(2).mean(1) for part in (inside, outside))
-    hits = int((to_members < to_others).sum())
-    mu = math.inf if math.isinf(epsilon) else 1 / accounting.noise_multiplier(epsilon, delta)
-    low, high = bounds.clopper_pearson(hits, sets, (1 - CONFIDENCE) / 2)
-    bound = float(stats.norm.cdf(num_private * mu))
-    return {
-        "epsilon": None if math.isinf(epsilon) else epsilon,
-        "delta": delta,
-        "num_private": num_private,
-        "sets": sets,
-        "num_steps": num_steps,
-        "hits": hits,
-        "rate": hits / sets,
-        "rate_low": low,
-        "rate_high": high,
-        "rate_bound": bound,
-        "mismatch": mismatch,
-        "passed": low <= bound,
-        "label": evaluation.NOT_DP,
-    }
-
-
 # ---- what is attacked --------------------------------------------------------------------------------------
 
 
@@ -260,7 +202,7 @@ def _dp_deepsets(
     """Ours. All releases in one call of the mechanism: each is a row, rows are noised independently."""
     codes = embedding.embed(network.encoder, private_images).numpy()
     rows, members = coins.nonzero(as_tuple=True)
-    noisy_sum, noise_std = _noisy_sums(codes[members], rows.numpy(), len(coins), epsilon, delta)
+    noisy_sum, noise_std = noisy_sums(codes[members], rows.numpy(), len(coins), epsilon, delta)
     adapters = release.decode(noisy_sum, noise_std, network, [str(i) for i in range(len(coins))])
     for row, adapter in enumerate(adapters):
         known = coins[row].numpy() @ codes - coins[row, :, None].numpy() * codes  # the other members of each candidate
@@ -297,9 +239,10 @@ METHODS: Mapping[str, Releases] = {
 """Name in the comparison -> releases of the members that each row of coins picks."""
 
 
-def _noisy_sums(
+def noisy_sums(
     private_codes: NDArray[np.floating], private_rows: NDArray[np.int64], num_rows: int, epsilon: float, delta: float
 ) -> tuple[NDArray[np.float64], float]:
+    """Noisy sums of embeddings ``(num_rows, k)`` and the size of their noise; secret noise, or none at all."""
     endless = math.isinf(epsilon)
     multiplier = 0.0 if endless else accounting.noise_multiplier(epsilon, delta)
     config = mechanism.GaussianSum(private_codes.shape[1], multiplier, num_rows)
@@ -319,7 +262,7 @@ def _scores(
     game: Game,
 ) -> tuple[Scores, NDArray[np.float64]]:
     """Scores ``(releases, N)`` of each thief, and of each release the share of samples nearer to a member."""
-    features = _feature_network()
+    features = feature_network()
     candidates = evaluation.features(features, private_images)
     unchanged = _losses(private_images, base_model, game)
     scores: dict[str, list[NDArray[np.floating]]] = {"noisy sum": [], "adapter": [], "samples": []}
@@ -353,19 +296,8 @@ def _losses(private_images: Tensor, model: nn.Module, game: Game) -> NDArray[np.
     return diffusion.denoising_loss(model, private_images, generator, noise_draws=game.loss_draws).numpy()
 
 
-def _sum_to(noisy_sum: Tensor, start: Tensor, encoder: nn.Module, num_steps: int) -> tuple[Tensor, float]:
-    """Images whose embeddings sum to each row ``(S, k)``, sought by Adam from ``(S n, C, H, W)``; what is missing."""
-    free = torch.atanh(start.clamp(-0.99, 0.99)).requires_grad_(True)
-    optimizer = torch.optim.Adam([free], lr=0.05)
-    for _ in range(num_steps):
-        sums = encoder(torch.tanh(free)).view(len(noisy_sum), -1, noisy_sum.shape[1]).sum(1)
-        missing = (sums - noisy_sum).square().sum(1)
-        (free.grad,) = torch.autograd.grad(missing.sum(), free)
-        optimizer.step()
-    return torch.tanh(free).detach(), float(missing.detach().sqrt().mean())
-
-
-def _feature_network() -> evaluation.FeatureNetwork:
+def feature_network() -> evaluation.FeatureNetwork:
+    """Public features that no release is made with."""
     return evaluation.FeatureNetwork.from_pretrained(hypernetwork.WEIGHTS / "glyphs" / "features.safetensors")
 
 
