@@ -115,7 +115,9 @@ def refresh(path: str | Path, *, timeout: int = 900) -> None:
 
     path = Path(path)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    place = {"metadata": {"path": str(path.parent)}}
+    # on a busy machine one cell's text arrives in several pieces
+    NotebookClient(notebook, timeout=timeout, coalesce_streams=True, resources=place).execute()
     notebook.metadata = nbformat.from_dict(_METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
