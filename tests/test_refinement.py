@@ -1,6 +1,7 @@
 """Closed-loop decoding: it finds the input whose samples have the released mean, and reads nothing but the release."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def run(decoder, noisy_sum, noise_std=0.0, seed=1, **changes):
 def test_samples_get_the_released_mean_though_the_decoder_is_wrong(world):
     noisy_sum, means = released()
     open_loop = Decoder()(torch.tensor(noisy_sum), 0.0).detach().numpy()
-    closed = run(Decoder(), noisy_sum, num_rounds=40).numpy()
+    closed = run(Decoder(), noisy_sum, num_rounds=40, gain=math.inf).numpy()
     assert np.abs(open_loop - means).mean() > 0.1
     # what is left: (1 - gain step_size) ** 20 of the first miss, and 0.05 / sqrt(60) of sampling noise, averaged
     assert np.abs(closed - means).max() < 0.02
@@ -69,10 +70,29 @@ def test_samples_get_the_released_mean_though_the_decoder_is_wrong(world):
 def test_the_average_over_rounds_has_less_sampling_noise_than_the_last_round(world):
     noisy_sum, means = released()
     decoder = Decoder(gain=1.0, offset=0.0)
-    many = dict(num_rounds=60, images_per_class=2, step_size=1.0)
+    many = dict(num_rounds=60, images_per_class=2, step_size=1.0, gain=math.inf)
     averaged = run(decoder, noisy_sum, **many)
     last = decoder.seen[-2][:, 1:] / COUNT  # the input of the last round; the very last is the average
     assert (averaged - torch.tensor(means)).square().mean() < (last - torch.tensor(means)).square().mean() / 4
+
+
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_the_input_moves_by_the_gain_times_what_is_still_missed(world, gain):
+    """Fixed point of samples' mean e(x) = 0.6 x + 0.1: x = m + gain (m - e(x)), solved by hand."""
+    noisy_sum, means = released()
+    expected = (means * (1 + gain) - 0.1 * gain) / (1 + 0.6 * gain)
+    closed = run(Decoder(), noisy_sum, num_rounds=60, gain=gain, images_per_class=500).numpy()
+    assert np.abs(closed - (0.6 * expected + 0.1)).max() < 0.02
+
+
+def test_a_mean_that_no_adapter_has_does_not_send_the_input_away(world):
+    noisy_sum, means = released()
+    moved = {}
+    for gain in (1.0, math.inf):
+        decoder = Decoder(gain=0.0, offset=0.0)  # whatever the input, samples have mean zero
+        run(decoder, noisy_sum, num_rounds=60, gain=gain)
+        moved[gain] = (decoder.seen[-1][:, 1:] / COUNT - torch.tensor(means)).norm() / np.linalg.norm(means)
+    assert moved[1.0] < 1.1 and moved[math.inf] > 5
 
 
 def test_a_decoder_that_is_right_is_left_alone(world):
@@ -116,6 +136,8 @@ def test_bad_requests_are_refused(world):
         ({"images_per_class": 0}, "images_per_class"),
         ({"step_size": 0.0}, "step_size"),
         ({"step_size": 1.5}, "step_size"),
+        ({"gain": 0.3}, "gain"),
+        ({"gain": math.nan}, "gain"),
     ):
         with pytest.raises(InputError, match=message):
             RefinementConfig(**changes)
