@@ -158,19 +158,18 @@ def _refine(options: argparse.Namespace) -> None:
     if options.out.resolve() == options.folder.resolve():
         _refuse("--out is the release itself; choose another folder, and keep the original")
     _check_device(options.device)
-    import dataclasses
-
     import torch
 
     from hyperdp_lib import hypernetwork, refinement, release
 
+    config = refinement.RefinementConfig(num_rounds=options.num_rounds, gain=options.gain)
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     released = release.load_release(options.folder, base_model)
     refined = refinement.refine_release(
         released,
         network.to(options.device),
         base_model.to(options.device),
-        dataclasses.replace(refinement.RefinementConfig(), num_rounds=options.num_rounds),
+        config,
         generator=torch.Generator().manual_seed(options.seed),
         progress=True,
     )
@@ -643,6 +642,7 @@ def _parser() -> Parser:
     add = command("refine", _refine, "decode a release again, better, at no further privacy cost")
     add("folder", metavar="DIR", type=Path, help="a release; no private image is needed")
     add("--num-rounds", type=int, default=12, help="comparisons of samples with the release; default: 12")
+    add("--gain", type=float, default=1.0, help="leash; inf for images like the public ones; default: 1")
     add("--seed", type=int, default=0, help="of the samples, public; default: 0")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")

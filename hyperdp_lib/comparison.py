@@ -305,9 +305,11 @@ def _private_sets(
     if isinstance(private, tuple):
         return (*private, "private")
     side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
-    if f"{private}-test" in data.NAMED_DATA_SETS:
-        train, test = (data.load_named_or_path(f"{private}{part}", side, channels) for part in ("", "-test"))
-        return train, test, str(private)
+    named, *part = str(private).split("/", 1)  # a class of a named set has its own test images, too
+    if f"{named}-test" in data.NAMED_DATA_SETS:
+        splits = ("/".join([f"{named}{split}", *part]) for split in ("", "-test"))
+        train, test = (data.load_named_or_path(split, side, channels) for split in splits)
+        return train, test, "-".join([named, *part]).replace(" ", "-")
     whole = data.load_named_or_path(private, side, channels)
     if len(whole) < 5:
         raise InputError("a comparison holds a fifth of the images out for tests: give five or more.")

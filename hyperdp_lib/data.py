@@ -295,14 +295,26 @@ def load_named_or_path(
     All names but ``digits`` are read from the folder named by the environment variable ``HYPERDP_DATA``; see
     :mod:`hyperdp_lib.data_sets`. ``-test`` behind a name means the test split.
 
-    A name wins over a folder of the same name; write ``./digits`` for the folder.
+    A name wins over a folder of the same name; write ``./digits`` for the folder. ``NAME/CLASS`` is one class of a
+    named set, and ``NAME/all`` all of them, as one set without labels.
 
     Examples
     --------
     >>> len(load_named_or_path("digits-test"))
     360
+    >>> load_named_or_path("digits/3").labels is None
+    True
     """
     name = os.fspath(name_or_path)
+    whole, _, wanted = name.partition("/")
+    if wanted and whole in NAMED_DATA_SETS:
+        named = load_named_or_path(whole, image_size, channels)
+        names = named.class_names or ()
+        if wanted == "all":
+            return ImageSet(named.images, notes=named.notes)
+        if wanted not in names or named.labels is None:
+            raise InputError(f"{whole!r} has no class {wanted!r}; it has {', '.join(names)}, or all")
+        return ImageSet(named.images[named.labels == names.index(wanted)], notes=named.notes)
     if name in NAMED_DATA_SETS:
         base, split = name.removesuffix("-test"), "test" if name.endswith("-test") else "train"
         named = digits(split, image_size) if base == "digits" else _external(base, split, image_size, channels)
@@ -317,7 +329,7 @@ def load_named_or_path(
 def require_source(name_or_path: str | os.PathLike[str]) -> None:
     """Raise `InputError` unless this is a named data set or something that exists."""
     name = os.fspath(name_or_path)
-    if name not in NAMED_DATA_SETS and not os.path.exists(name):
+    if name.partition("/")[0] not in NAMED_DATA_SETS and not os.path.exists(name):
         known = ", ".join(NAMED_DATA_SETS)
         raise InputError(f"no such file or folder: {name!r}; give a folder, an .npz or one of {known}")
 

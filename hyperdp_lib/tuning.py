@@ -52,7 +52,7 @@ def dressed_as_private(
 # the declared number of images that a trainee sees (1: full batches).
 REFINEMENT: Mapping[str, tuple[Any, ...]] = {
     "num_rounds": (6, 12, 24), "step_size": (0.2, 0.4, 0.7), "images_per_class": (30, 60, 120),
-    "sampling_steps": (5, 10),
+    "sampling_steps": (5, 10), "gain": (1.0, 2.0, math.inf),
 }  # fmt: skip
 SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dp_deepsets_refined": REFINEMENT,

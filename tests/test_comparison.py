@@ -24,15 +24,18 @@ from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
 from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
+REFINEMENT = RefinementConfig(num_rounds=2, images_per_class=4, sampling_steps=2)
 SETTINGS = Settings(
     num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=6, bank_images=8,
     configs={
         "dp_lora": {1.0: QUICK},
         "lora_non_private": {math.inf: QUICK},
-        "dp_deepsets_refined": {1.0: RefinementConfig(num_rounds=2, images_per_class=4, sampling_steps=2)},
+        "dp_deepsets_refined": {1.0: REFINEMENT},
+        "dp_deepsets_nested_refined": {1.0: REFINEMENT},
         "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
@@ -67,6 +70,14 @@ def models():
     return base, network.requires_grad_(False), evaluation.FeatureNetwork(dimension=8).eval()
 
 
+def nested_network(base, network):
+    codes = evaluation.FeatureNetwork(name="codes")
+    encoder = NestedEncoder(network.encoder, codes, torch.zeros(79), torch.randn(79, 64))
+    made = NestedHyperNetwork(encoder, base, network.config).eval().requires_grad_(False)
+    made.table = {0.1: {8: 2.0, 16: 1.0, 32: 3.0, 64: 4.0}}
+    return made
+
+
 def public_models(models):
     """What ships with the library, in miniature and untrained."""
     base, network, _ = models
@@ -76,6 +87,7 @@ def public_models(models):
         "dp_ldm": (autoencoder.eval(), denoiser.eval(), 1.0),
         "direct_conditioning": (network, ConditionedDenoiser(base, 16).eval()),
         "adapter_mixture": (network, AdapterMixture(base, 16, MixtureShape(num_adapters=2)).eval()),
+        "dp_deepsets_nested": (nested_network(base, network),),
     }
     shipped = methods.public_models_source(base, network, lambda: torch.zeros(2, 1, 16, 16))
     return lambda method: made[method] if method in made else shipped(method)
@@ -120,12 +132,13 @@ def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_pa
         if method != "noisy_class_means":
             assert record.scores["frechet_distance"] >= 0 and record.scores["features"] == "glyphnet"
         # what the certificate says belongs to the record; that of one noisy sum follows from its fields
-        if METHODS[method].default is not None and method != "dp_deepsets_refined":
+        if METHODS[method].default is not None and not method.endswith("_refined"):
             private_run = METHODS[method].private and epsilon is not None
             assert ("NOT PRIVATE" in record.settings["certificate"]) and record.settings["ledger"]
             assert (record.num_releases > 0) or not private_run
     ours, rival = made["dp_deepsets", 1.0], made["dp_lora", 1.0]
     assert (ours.num_releases, ours.noise_dimension, ours.trained_parameters) == (1, 32, 0)
+    assert made["dp_deepsets_nested", 1.0].noise_dimension == 2 * 17  # two classes, sixteen coordinates and a count
     assert rival.num_releases == 2 and rival.trained_parameters == 2 * rival.noise_dimension
     assert made["dp_embedding_sgd", 1.0].noise_dimension < rival.noise_dimension
     assert made["public_only", 0.0].num_releases == 0
@@ -268,7 +281,8 @@ def test_several_processes_make_the_same_records(models, private, tmp_path):
 
 def test_all_are_the_methods_whose_public_models_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "WEIGHTS", tmp_path)
-    without = set(METHODS) - {"dp_ldm", "direct_conditioning", "adapter_mixture"}
+    without = {name for name, method in METHODS.items() if method.weights is None}
+    assert set(METHODS) - without >= {"dp_ldm", "direct_conditioning", "adapter_mixture", "dp_deepsets_nested"}
     assert set(comparison._method_names(["all"])) == without
     (tmp_path / "glyphs-latent").mkdir()
     (tmp_path / "glyphs-latent" / "manifest.json").write_text("{}")
