@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,20 @@ def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetw
     halved: Any = copy.deepcopy(base_model).half()
     halved.save_pretrained(folder / "base")
     for name, state in (("encoder", hypernetwork.encoder.state_dict()), ("hypernetwork", hypernetwork.decoder_state())):
-        half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
-        (folder / f"{name}.safetensors").write_bytes(to_safetensors(half))
+        write_half(folder / f"{name}.safetensors", state)
     shapes = {"encoder": asdict(hypernetwork.encoder.config), "hypernetwork": asdict(hypernetwork.config)}
     (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
+
+
+def write_half(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Weights in half precision, as safetensors."""
+    half = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
+    path.write_bytes(to_safetensors(half))
+
+
+def read_half(path: Path) -> dict[str, Tensor]:
+    """Inverse of `write_half`, in float32."""
+    return {key: value.float() for key, value in load_file(str(path)).items()}
 
 
 def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors") -> Path:
@@ -238,8 +249,8 @@ def _load(folder: Path, base_model: nn.Module, manifest: dict) -> HyperNetwork:
 
         return load_nested(folder, base_model, manifest)
     encoder = Encoder(EncoderConfig(**manifest["encoder"]))
-    encoder.load_state_dict({k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()})
+    encoder.load_state_dict(read_half(folder / "encoder.safetensors"))
     hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
-    state = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
+    state = read_half(folder / "hypernetwork.safetensors")
     hypernetwork.load_state_dict(state | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
     return hypernetwork

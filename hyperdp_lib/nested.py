@@ -30,8 +30,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib import embedding
@@ -40,7 +38,14 @@ from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.embedding import Encoder, EncoderConfig
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained, summary
+from hyperdp_lib.hypernetwork import (
+    HyperNetwork,
+    HyperNetworkConfig,
+    load_pretrained,
+    read_half,
+    summary,
+    write_half,
+)
 from hyperdp_lib.training import (
     PRESETS,
     Loop,
@@ -187,13 +192,13 @@ def directions(encoder: Encoder, features: FeatureNetwork, tasks: Tensor) -> tup
 
 def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]) -> NestedHyperNetwork:
     """What `hypernetwork.load_pretrained` calls for weights of this kind; float32."""
-    state = {k: v.float() for k, v in load_file(str(folder / "encoder.safetensors")).items()}
+    state = read_half(folder / "encoder.safetensors")
     encoder = Encoder(EncoderConfig(**manifest["encoder"]))
     features = FeatureNetwork(encoder.config.channels, encoder.config.image_size, name="codes")
     nested = NestedEncoder(encoder, features, state["centre"], state["projection"])
     nested.load_state_dict(state)
     network = NestedHyperNetwork(nested, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
-    decoder = {k: v.float() for k, v in load_file(str(folder / "hypernetwork.safetensors")).items()}
+    decoder = read_half(folder / "hypernetwork.safetensors")
     network.load_state_dict(decoder | {f"encoder.{k}": v for k, v in nested.state_dict().items()})
     network.table = {float(level): {int(k): v for k, v in row.items()} for level, row in manifest["table"].items()}
     return network
@@ -349,8 +354,7 @@ def _of_sizes(network: NestedHyperNetwork, sums: Tensor, noise_std: Tensor, size
 
 def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, preset: Preset) -> None:
     for name, state in (("encoder", network.encoder.state_dict()), ("hypernetwork", network.decoder_state())):
-        half = {k: v.detach().half().contiguous() for k, v in state.items()}
-        (out / f"{name}.safetensors").write_bytes(to_safetensors(half))
+        write_half(out / f"{name}.safetensors", state)
     manifest = {
         "name": "glyphs-nested",
         "kind": "nested",

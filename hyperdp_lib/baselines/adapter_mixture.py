@@ -40,7 +40,15 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import Encoder, embed
 from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.hypernetwork import TARGET_MODULES, HyperNetwork, load_pretrained, resolve, summary
+from hyperdp_lib.hypernetwork import (
+    TARGET_MODULES,
+    HyperNetwork,
+    load_pretrained,
+    read_half,
+    resolve,
+    summary,
+    write_half,
+)
 from hyperdp_lib.training import PRESETS, StageConfig, adapted_loss
 
 STAGE = StageConfig(steps=1200, tasks=64, images=8, learning_rate=3e-3, ema=0.998)
@@ -296,7 +304,7 @@ def load_adapter_mixture(
     base_model = diffusion.load_base_model(resolve("glyphs") / "base") if base_model is None else base_model
     if tensors_sha256(base_model.state_dict()) != manifest["base_model_sha256"]:
         raise InputError(f"the adapters in {str(name_or_path)!r} were trained for another base model.")
-    state = decoders.read_half(folder / "mixture.safetensors")
+    state = read_half(folder / "mixture.safetensors")
     mixture = AdapterMixture(base_model, state["gate.weight"].shape[1] - 1, MixtureShape(**manifest["shape"]))
     mixture.load_state_dict(state | {f"base_model.{k}": v for k, v in base_model.state_dict().items()})
     mixture.encoder_sha256 = manifest["encoder_sha256"]
@@ -350,7 +358,7 @@ def train_adapter_mixture(out: Path, *, smoke: bool = False, stage: StageConfig 
         preset=preset,
         held_out=held_out,
     )
-    decoders.write_half(out / "mixture.safetensors", mixture.decoder_state())
+    write_half(out / "mixture.safetensors", mixture.decoder_state())
     hard = held_out.loss(task_loss(mixture, hard=True))
     decoders.write_manifest(
         out,

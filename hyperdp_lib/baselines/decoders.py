@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib import accounting, certificate, mechanism
@@ -275,17 +273,6 @@ def shares(num_images: int, class_names: Sequence[str]) -> Tensor:
     if num_images < 1 or num_images % classes:
         raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
     return torch.arange(classes).repeat_interleave(num_images // classes)
-
-
-def write_half(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Weights in half precision, as safetensors."""
-    half = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
-    path.write_bytes(to_safetensors(half))
-
-
-def read_half(path: Path) -> dict[str, Tensor]:
-    """Inverse of `write_half`, in float32."""
-    return {key: value.float() for key, value in load_file(str(path)).items()}
 
 
 def write_manifest(

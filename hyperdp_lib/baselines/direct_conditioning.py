@@ -33,7 +33,7 @@ from hyperdp_lib.baselines import decoders
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained, resolve, summary
+from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained, read_half, resolve, summary, write_half
 from hyperdp_lib.training import PRESETS, StageConfig
 
 STAGE = StageConfig(steps=2000, tasks=64, images=8, learning_rate=1.5e-3, ema=0.998)
@@ -279,7 +279,7 @@ def load_direct_conditioning(
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("decoder") != "direct_conditioning":
         raise InputError(f"{str(name_or_path)!r} holds no direct conditioning: give a folder this module made.")
-    state = decoders.read_half(folder / "conditioner.safetensors")
+    state = read_half(folder / "conditioner.safetensors")
     dimension = state["enter.weight"].shape[1] - 1
     base_model = diffusion.load_base_model(folder / "base")
     decoder = ConditionedDenoiser(base_model, dimension, ConditionerShape(**manifest["shape"]))
@@ -326,7 +326,7 @@ def train_direct_conditioning(out: Path, *, smoke: bool = False, stage: StageCon
     halved: Any = copy.deepcopy(decoder.transformer).half()
     halved.register_to_config(_name_or_path="hyperdp_lib/weights/glyphs/base")  # not where it lay on this machine
     halved.save_pretrained(out / "base")
-    decoders.write_half(out / "conditioner.safetensors", decoder.conditioner.state_dict())
+    write_half(out / "conditioner.safetensors", decoder.conditioner.state_dict())
     decoders.write_manifest(
         out,
         loop,
