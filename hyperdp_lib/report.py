@@ -170,13 +170,34 @@ def commands(scores: pd.DataFrame) -> str:
 
 
 def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
-    """What the README says about the results: two tables, and who wins at the budgets all methods ran at."""
-    chosen = select(scores, pair)
-    if chosen.empty:
+    """What the README says about the results: two tables of the largest number of private images, who wins at the
+    budgets all methods ran at, and a table for each smaller number."""
+    everything = select(scores, pair)
+    if everything.empty:
         return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
+    *fewer, most = sorted(set(everything["num_private"]))
+    chosen = select(everything, pair, num_private=most)
     tables = [score_table(chosen, pair, score) for score in ("accuracy", "frechet_distance")]
     seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {numbers(chosen['num_private'])}."
-    return "\n\n".join([*tables, seeds, standings(chosen)])
+    few = [_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)]
+    return "\n\n".join([*tables, seeds, standings(chosen), *few])
+
+
+def _few(scores: pd.DataFrame, size: int) -> str:
+    """One table for a small number of private images: a row for each method and budget."""
+    lines = [
+        f"With {size:,} private images in all, classes included (seeds: {scores['seed'].nunique()}):",
+        "",
+        "| method | ε | downstream accuracy | Fréchet distance |",
+        "|---|---:|---:|---:|",
+    ]
+    for method in order(set(scores["method"])):
+        for epsilon, cell in scores[scores["method"] == method].groupby("epsilon"):
+            lines.append(
+                f"| {METHOD_LABELS.get(method, method)} | {'∞' if math.isinf(float(epsilon)) else f'{epsilon:g}'} "
+                f"| {value(cell, 'accuracy')} | {value(cell, 'frechet_distance')} |"
+            )
+    return "\n".join(lines)
 
 
 def training_table(manifest: Mapping[str, Any]) -> str:

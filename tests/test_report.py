@@ -190,3 +190,17 @@ def test_standing_names_who_beats_ours(folder: Path) -> None:
     same = report.standing(table, "accuracy", "dp_deepsets", ["dp_deepsets"], 1.0)
     assert same.endswith("not told apart by these seeds are DP-DeepSets (0.81 ± 0.01).")
     assert report.standing(table, "accuracy", "dp_deepsets", others, 4.0).endswith("nothing on record for DP-DeepSets.")
+
+
+def test_the_results_keep_different_numbers_of_private_images_apart(folder: Path) -> None:
+    few = Record(
+        *(PAIR, "dp_deepsets", 1.0, 1e-5, "add_or_remove_one", 12, 0), scores={"accuracy": 0.3, "frechet_distance": 90.0}
+    )
+    few.save(folder)
+    text = report.results_block(load_records(folder), PAIR)
+    assert "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |" in text and "private images: 100." in text
+    assert text.endswith(
+        "With 12 private images in all, classes included (seeds: 1):\n\n"
+        "| method | ε | downstream accuracy | Fréchet distance |\n|---|---:|---:|---:|\n"
+        "| DP-DeepSets | 1 | 0.30 | 90.0 |"
+    )
