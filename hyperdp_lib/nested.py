@@ -9,7 +9,8 @@ public: it follows from the *declared* size, the noise and a table made on held-
 What the coordinates are of: the features of a network that tells public characters apart and redraws them, beside the
 encoder of `hyperdp_lib.training`. That encoder was trained to survive noise on tasks like the public ones, and tells
 those apart better than a plain classifier's features do; on drawings unlike them it is the other way round, by far.
-The shares of the two were chosen on public drawings by people (Kuzushiji-Kanji, Omniglot, Quick, Draw!).
+The shares of the two were chosen on public drawings by people (Kuzushiji-Kanji, Omniglot, Quick, Draw!), where
+``benchmarks/transfer.py`` measures them.
 
 The base model is the one of the weights it builds on, untouched: adapters of both can be compared, and so can rivals.
 
