@@ -62,6 +62,7 @@ def _release(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import data, hypernetwork, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
+    from hyperdp_lib.ledger import LedgerEntry
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     private = data.load_named_or_path(options.images, *_geometry(base_model), labelled=not options.unlabelled)
@@ -77,10 +78,14 @@ def _release(options: argparse.Namespace) -> None:
         _tell(f"note: the {len(private.class_names)} class names become public; they must hold no secret")
     if options.seed is not None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
+    ledger: tuple[LedgerEntry, ...] = ()
     if options.declared_size is not None:
         per_class = options.declared_size / len(private.class_names or ("one",))
         network = network.fitting(_noise_std(options), per_class)
-        _tell(f"a sum has {network.encoder.config.dimension - 1} coordinates, besides the count")
+        coordinates = network.encoder.config.dimension - 1
+        declared = f"number of images, about {options.declared_size}: a sum has a count and {coordinates} coordinates"
+        ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
+        _tell(f"declared public: {declared}")
     released = release.release(
         private_images.to(options.device),
         network.to(options.device),
@@ -90,6 +95,7 @@ def _release(options: argparse.Namespace) -> None:
         neighboring_relation=options.neighboring_relation,
         private_labels=private.labels,
         class_names=private.class_names,
+        ledger=ledger,
         seed=options.seed,
     )
     release.save_release(

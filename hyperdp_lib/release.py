@@ -28,6 +28,7 @@ from hyperdp_lib.data import ImageSet, InputError, save_grid
 from hyperdp_lib.diffusion import sample
 from hyperdp_lib.embedding import embed_batches
 from hyperdp_lib.hypernetwork import HyperNetwork
+from hyperdp_lib.ledger import LedgerEntry
 
 
 class Release(NamedTuple):
@@ -51,6 +52,7 @@ def release(
     neighboring_relation: str = "add_or_remove_one",
     private_labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
+    ledger: Sequence[LedgerEntry] = (),
     seed: int | None = None,
     batch_size: int = 1024,
 ) -> Release:
@@ -64,6 +66,7 @@ def release(
     delta : of (epsilon, delta)-differential privacy, in (0, 1).
     neighboring_relation : ``add_or_remove_one`` (the number of images stays secret), ``replace_one``, ``zero_out``.
     private_labels : (N,) in 0..K-1, with ``class_names`` (public) of length K; one adapter a class.
+    ledger : what was spent on the same images before, or declared public of them; the certificate's epsilon covers all.
     seed : None for secret noise from the operating system. A number makes reproducible noise, for books and tests, and
         everything made with it is stamped as not private. ``epsilon=math.inf`` (no noise) needs a seed.
 
@@ -95,6 +98,7 @@ def release(
             config,
             delta,
             seeded=seed is not None,
+            ledger=ledger,
             epsilon=epsilon,
             num_private=len(private_images),
             class_names=names,

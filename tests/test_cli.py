@@ -568,3 +568,25 @@ def test_verify_reports_problems(monkeypatch, capsys, tmp_path):
     problems.clear()
     assert cli.main(["verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("ok: ")
+
+
+def test_a_declared_size_decides_the_coordinates_and_stands_in_the_ledger(digit_folder, refused, tmp_path, capsys):
+    """With the shipped nested weights: few images and much noise make a shorter sum than many."""
+    command = ["release", str(digit_folder), "--unlabelled", "--epsilon", "1", "--num-samples", "0", "--seed", "0"]
+    command += ["--hypernetwork", "glyphs-nested"]
+    dimensions = {}
+    for size in (12, 100_000):
+        out = tmp_path / str(size)
+        assert cli.main([*command, "--declared-size", str(size), "--out", str(out)]) == 0
+        stated = json.loads((out / "certificate.json").read_text())
+        dimensions[size] = stated["dimension"]
+        (declared,) = [entry for entry in stated["ledger"] if entry["kind"] == "declared_public"]
+        assert f"about {size}" in declared["description"] and declared["epsilon"] == 0
+        assert f"about {size}" in capsys.readouterr().err
+        assert cli.main(["verify", str(out)]) == 0
+    assert dimensions[12] < dimensions[100_000] == 65
+    refined = tmp_path / "refined"
+    asked = ["--hypernetwork", "glyphs-nested", "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
+    assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
+    capsys.readouterr()
+    refused(*command, "--declared-size", "0", "--out", tmp_path / "x", expect="--declared-size")

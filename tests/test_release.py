@@ -200,3 +200,18 @@ def test_the_model_card_runs_without_this_library(models, weights, digits, tmp_p
     ours = sample(models[0], released.adapter["0"], 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(theirs, ours, atol=1e-4)
     assert json.loads((folder / "classes" / "0" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_what_was_spent_or_declared_before_is_in_the_ledger_and_adds_up(models, digits):
+    from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
+
+    def certificate(ledger=()):
+        asked = {"noise_multiplier": 4.0, "ledger": ledger, "seed": 0}
+        return release(digits.images[:20], models[1], **asked).certificate
+
+    first = certificate()
+    declared = LedgerEntry("declared_public", "number of images, about 20", 0.0, 0.0)
+    told = certificate((declared,))
+    assert told.epsilon == first.epsilon and told.ledger == (declared, *first.ledger)
+    both = certificate((gaussian_charge("an earlier release", 4.0, 1e-5),))
+    assert both.mu == pytest.approx(first.mu * 2**0.5) and both.epsilon > first.epsilon
