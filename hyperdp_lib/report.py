@@ -302,7 +302,7 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
 def standings(scores: pd.DataFrame, epsilons: Iterable[float] = (1.0, 10.0)) -> str:
     """A list of sentences (`standing`): ours, plain and refined, against all on record that make images."""
     lines = []
-    for ours in ("dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined"):
+    for ours in ("dp_deepsets", "dp_deepsets_refined"):
         for epsilon in epsilons:
             known = set(scores[scores["epsilon"] == epsilon]["method"])
             others = [one for one in (*OTHER_METHODS, "nearest_public") if one in known and one != ours]
