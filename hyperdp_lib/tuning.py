@@ -235,6 +235,8 @@ def rehearse(
         per_class_test=max(enough, per_class // 4),
         seed=seed,
     )
+    if num_classes == 1:  # one class is none: an unlabelled private set
+        train, test = ImageSet(train.images), ImageSet(test.images)
     reference = train if per_class >= enough else test
     own = dataclasses.replace(bench, private_train=train, private_test=test, private_reference=reference)
     return own.score(METHODS[method].run(own, epsilon, seed))

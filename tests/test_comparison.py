@@ -355,3 +355,9 @@ def test_what_has_no_settings_is_not_tuned():
         tuning.candidates_for("real", Settings(), 3, 1.0, 144)
     tunable = {name for name, method in METHODS.items() if method.default is not None}
     assert tunable | set(tuning.KNOBS) == set(tuning.TUNED)
+
+
+def test_one_class_is_rehearsed_as_an_unlabelled_set(models, private):
+    asked = dict(epsilon=1.0, num_private=20, num_classes=1, seed=0)
+    scores = tuning.rehearse("dp_deepsets", bench_of(models, private), Tasks(), **asked)
+    assert scores["accuracy"] is None and scores["frechet_distance"] >= 0
