@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,20 +35,18 @@ SETS = {"glyphs": (12, 140), "kkanji": (12, 140), "quickdraw": (12, 140), "omnig
 CLASSES, TESTS = 10, 40
 
 
-def draw(name: str, sets: dict[str, ImageSet], size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(source: ImageSet | GlyphTasks, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels of ten random classes, ``size`` of each, and up to 40 others of each to test on."""
     g = torch.Generator().manual_seed(seed)
-    if name == "glyphs":
-        images = GlyphTasks(split="held_out", progress=False).sample_tasks(CLASSES, size + TESTS, g)
-        parts = [(one[:size], one[size:]) for one in images]
+    if isinstance(source, GlyphTasks):
+        parts = [(one[:size], one[size:]) for one in source.sample_tasks(CLASSES, size + TESTS, g)]
     else:
-        whole = sets[name]
-        assert whole.labels is not None
+        assert source.labels is not None
         parts = []
-        for label in torch.randperm(len(whole.class_names or ()), generator=g)[:CLASSES]:
-            mine = torch.nonzero(whole.labels == label)[:, 0]
+        for label in torch.randperm(len(source.class_names or ()), generator=g)[:CLASSES]:
+            mine = torch.nonzero(source.labels == label)[:, 0]
             mine = mine[torch.randperm(len(mine), generator=g)]
-            parts.append((whole.images[mine[:size]], whole.images[mine[size : size + TESTS]]))
+            parts.append((source.images[mine[:size]], source.images[mine[size : size + TESTS]]))
     labels = [torch.cat([torch.full((len(p[i]),), c) for c, p in enumerate(parts)]) for i in (0, 1)]
     return torch.cat([a for a, _ in parts]), labels[0], torch.cat([b for _, b in parts]), labels[1]
 
@@ -77,18 +75,18 @@ def main() -> None:
     encoders |= {f"nested {k}": nested.using(k).encoder for k in COORDINATES}
     typical = GlyphTasks(progress=False).sample_tasks(1500, 12, torch.Generator().manual_seed(0))
     priors = {name: Prior.fit(encoder, typical) for name, encoder in encoders.items()}
-    sets = {name: data.load_named_or_path(name, 16, 1) for name in SETS if name != "glyphs"}
+    held_out = GlyphTasks(split="held_out", progress=False)
+    sources = {name: held_out if name == "glyphs" else data.load_named_or_path(name, 16, 1) for name in SETS}
     rows = []
     for name, sizes in tqdm(SETS.items(), desc="transfer", disable=None):
         for size in sizes:
             found: dict[str, list[float]] = {encoder: [] for encoder in encoders}
             for seed in range(options.repetitions):
-                drawn = draw(name, sets, size, seed)
+                drawn = draw(sources[name], size, seed)
                 for which, encoder in encoders.items():
                     found[which].append(accuracy(encoder, priors[which], drawn, options.epsilon, seed))
             for which, values in found.items():
-                mean = math.fsum(values) / len(values)
-                spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+                mean, spread = statistics.fmean(values), statistics.stdev(values)
                 rows.append({"set": name, "images": size, "encoder": which, "accuracy": round(mean, 4),
                              "standard_deviation": round(spread, 4)})  # fmt: skip
     content = {"epsilon": options.epsilon, "delta": 1e-5, "neighboring_relation": "add_or_remove_one",

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from .certificate import Certificate
-from .report import METHOD_LABELS, numbers, order, select, value
+from .report import METHOD_LABELS, budget, numbers, order, select, value
 
 # methods whose whole private part is the one noisy sum of `controls.noisy_class_sums`; their records name no accountant
 _ONE_SUM = (
@@ -43,7 +43,7 @@ def sets_table(
         return "*No records at these parameters.*"
     columns = list(itertools.product(pairs, dict.fromkeys(epsilons)))
     lines = [
-        "| method | " + " | ".join(f"{pairs[pair]}, ε = {_budget(epsilon)}" for pair, epsilon in columns) + " |",
+        "| method | " + " | ".join(f"{pairs[pair]}, ε = {budget(epsilon)}" for pair, epsilon in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     for method in order(set(chosen["method"])):
@@ -78,7 +78,7 @@ def common_table(scores: pd.DataFrame, pair: str) -> str:
             seconds = sum(_column(cell, f"seconds.{part}").fillna(0.0) for part in ("train", "release", "sample"))
             row = (
                 METHOD_LABELS.get(method, method),
-                _budget(epsilon),
+                budget(epsilon),
                 f"{size:,}",
                 str(cell["seed"].nunique()),
                 *(value(cell, score) for score in ("frechet_distance", "precision", "recall", "accuracy")),
@@ -287,7 +287,7 @@ def trials_table(folder: str | Path) -> str:
             sizes = {(trial["num_private"], trial["num_classes"]) for trials in found.values() for trial in trials}
             row = (
                 METHOD_LABELS.get(method, method),
-                _budget(epsilon),
+                budget(epsilon),
                 str(len(found)),
                 str(sum(len(trials) for trials in found.values())),
                 "; ".join(f"{images:,}, {classes}" for images, classes in sorted(sizes)),
@@ -335,7 +335,7 @@ def _layer_grid(data_set: str, content: Mapping[str, Any]) -> str:
             text += "" if spread is None else f" ± {spread:.3f}"
             mark = "**" if subset == row["best"] else "*" if subset in row["not_worse"] else ""
             cells.append(f"{mark}{text}{mark}")
-        lines.append(f"| {_budget(row['epsilon'])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {budget(row['epsilon'])} | " + " | ".join(cells) + " |")
     legend = (
         "In brackets: trained parameters. Bold: the best mean of its row; italic: within two standard errors of it. "
         f"Seeds: {seeds}."
@@ -356,19 +356,15 @@ def best_subset_sentence(summary: Iterable[Mapping[str, Any]], seeds: int) -> st
         clear = high["best"] not in low["not_worse"] and low["best"] not in high["not_worse"]
         if low["best"] != high["best"] and clear and seeds > 1:
             return (
-                f"The best subset changes with ε: {_words(low['best'])} at ε = {_budget(low['epsilon'])}, "
-                f"{_words(high['best'])} at ε = {_budget(high['epsilon'])}, each clearly better there than the other."
+                f"The best subset changes with ε: {_words(low['best'])} at ε = {budget(low['epsilon'])}, "
+                f"{_words(high['best'])} at ε = {budget(high['epsilon'])}, each clearly better there than the other."
             )
-    found = "; ".join(f"{_words(row['best'])} at ε = {_budget(row['epsilon'])}" for row in rows)
+    found = "; ".join(f"{_words(row['best'])} at ε = {budget(row['epsilon'])}" for row in rows)
     return f"The best mean is not always the same subset's ({found}), but no change is beyond the spread over seeds."
 
 
 def _words(subset: str) -> str:
     return f"*{subset.replace('_', ' ')}*"
-
-
-def _budget(epsilon: float | None) -> str:
-    return "∞" if epsilon is None or math.isinf(epsilon) else f"{epsilon:g}"
 
 
 def _column(scores: pd.DataFrame, name: str) -> pd.Series:

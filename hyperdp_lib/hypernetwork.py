@@ -161,9 +161,10 @@ class HyperNetwork(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder.")}
 
 
-def noisy_count(noisy_sum: Tensor, noise_std: Tensor, count_coordinate: float = COUNT_COORDINATE) -> Tensor:
-    """Counts (T,) of noisy sums (T, k), kept at least at their own noise level (T,), and at least one."""
-    floor = (noise_std / count_coordinate).clamp_min(1.0)
+def noisy_count(noisy_sum: Tensor, noise_std: Tensor | float, count_coordinate: float = COUNT_COORDINATE) -> Tensor:
+    """Counts (T,) of noisy sums (T, k), at least their own noise level, (T,) or one number, and at least one."""
+    noise = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device)
+    floor = (noise / count_coordinate).clamp_min(1.0)
     return torch.maximum(noisy_sum[:, 0] / count_coordinate, floor)
 
 

@@ -70,7 +70,7 @@ def posterior(
     sums = torch.as_tensor(noisy_sum).double()
     if sums.shape[1] - 1 != len(prior.mean):
         raise InputError(f"the prior is over {len(prior.mean)} coordinates, the sum has {sums.shape[1] - 1}.")
-    count = noisy_count(sums, sums.new_full((len(sums),), float(noise_std)), count_coordinate)
+    count = noisy_count(sums, noise_std, count_coordinate)
     noise = (noise_std / count).square()
     identity = torch.eye(len(prior.mean), dtype=torch.float64)
     error = prior.within / count[:, None, None] + noise[:, None, None] * identity
@@ -127,7 +127,7 @@ def decode_draws(
     constant = hypernetwork.encoder.config.count_coordinate
     clean = draw(noisy_sum, noise_std, prior, num_draws, count_coordinate=constant, generator=generator)
     sums = torch.as_tensor(noisy_sum).double()
-    count = noisy_count(sums, sums.new_full((len(sums),), float(noise_std)), constant)
+    count = noisy_count(sums, noise_std, constant)
     counts = count.repeat_interleave(num_draws)[:, None]
     means = clean.transpose(0, 1).flatten(0, 1)
     inputs = torch.cat([constant * counts, counts * means], 1)

@@ -119,8 +119,7 @@ def refine(
     names = tuple(class_names) or ("adapter",)
     if released.ndim != 2 or len(released) != len(names):
         raise InputError(f"noisy_sum must have a row for each of the {len(names)} classes.")
-    noise = released.new_full((len(released),), float(noise_std))
-    count = noisy_count(released, noise, hypernetwork.encoder.config.count_coordinate)[:, None]
+    count = noisy_count(released, noise_std, hypernetwork.encoder.config.count_coordinate)[:, None]
     inputs, average = released.clone(), torch.zeros_like(released)
     kept = 1 - config.step_size / config.gain
     counted = range(config.num_rounds // 2, config.num_rounds)

@@ -98,6 +98,11 @@ def order(methods: set[str]) -> list[str]:
     return known + sorted(methods - set(known))
 
 
+def budget(epsilon: float | None) -> str:
+    """`0.5`, `1`, and `∞` for no noise, which records hold as no number."""
+    return "∞" if epsilon is None or math.isinf(epsilon) else f"{epsilon:g}"
+
+
 def epsilon_label(epsilon: float) -> str:
     """`0.5`, `1`, `∞ (no noise)` or `0 (no private data)`."""
     if epsilon == 0:
@@ -133,7 +138,7 @@ def score_table(scores: pd.DataFrame, pair: str, score: str) -> str:
     if chosen.empty:
         return f"*No {score_name(score)} of {pair} on record: `hyperdp compare` makes records.*"
     budgets = sorted(set(chosen["epsilon"]))
-    head = [f"{SCORE_LABELS.get(score, score)}, by ε", *("∞" if math.isinf(e) else f"{e:g}" for e in budgets)]
+    head = [f"{SCORE_LABELS.get(score, score)}, by ε", *map(budget, budgets)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(budgets)]
     for method in order(set(chosen["method"])):
         mine = chosen[chosen["method"] == method]
@@ -194,7 +199,7 @@ def _few(scores: pd.DataFrame, size: int) -> str:
     for method in order(set(scores["method"])):
         for epsilon, cell in scores[scores["method"] == method].groupby("epsilon"):
             lines.append(
-                f"| {METHOD_LABELS.get(method, method)} | {'∞' if math.isinf(float(epsilon)) else f'{epsilon:g}'} "
+                f"| {METHOD_LABELS.get(method, method)} | {budget(epsilon)} "
                 f"| {value(cell, 'accuracy')} | {value(cell, 'frechet_distance')} |"
             )
     return "\n".join(lines)
@@ -267,7 +272,7 @@ def verdicts(scores: pd.DataFrame, score: str, ours: str, other: str) -> str:
         at_epsilon = scores[scores["epsilon"] == epsilon]
         mine, theirs = (at_epsilon[at_epsilon["method"] == method] for method in (ours, other))
         if not _known(mine, score).empty and not _known(theirs, score).empty:
-            found.setdefault(_verdict(mine, theirs, score), []).append("∞" if math.isinf(epsilon) else f"{epsilon:g}")
+            found.setdefault(_verdict(mine, theirs, score), []).append(budget(epsilon))
     start = f"{score_name(score).capitalize()}, {our_label} against {other_label}"
     if not found:
         return f"{start}: nothing on record."

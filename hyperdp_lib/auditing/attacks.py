@@ -35,7 +35,7 @@ from tqdm import tqdm
 from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, hypernetwork, mechanism, release
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.auditing import bounds
-from hyperdp_lib.baselines import dp_lora
+from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 
 CONFIDENCE = 0.99
@@ -243,10 +243,8 @@ def noisy_sums(
     private_codes: NDArray[np.floating], private_rows: NDArray[np.int64], num_rows: int, epsilon: float, delta: float
 ) -> tuple[NDArray[np.float64], float]:
     """Noisy sums of embeddings ``(num_rows, k)`` and the size of their noise; secret noise, or none at all."""
-    endless = math.isinf(epsilon)
-    multiplier = 0.0 if endless else accounting.noise_multiplier(epsilon, delta)
-    config = mechanism.GaussianSum(private_codes.shape[1], multiplier, num_rows)
-    noisy_sum = mechanism.noisy_sum([(private_codes, private_rows)], config, seed=0 if endless else None)
+    config = controls.gaussian_sum(epsilon, private_codes.shape[1], num_rows, delta)
+    noisy_sum = mechanism.noisy_sum([(private_codes, private_rows)], config, seed=0 if math.isinf(epsilon) else None)
     return noisy_sum, config.noise_std
 
 

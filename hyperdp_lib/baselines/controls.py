@@ -109,21 +109,26 @@ def noisy_class_sums(
     """
     rows = None if private_labels is None else private_labels.cpu().numpy().astype(np.int64)
     embeddings = embedding.embed(encoder, private_images, batch_size=1000).detach().cpu().numpy()
-    config = _config(epsilon, delta, neighboring_relation, embeddings.shape[1], num_classes)
+    config = gaussian_sum(epsilon, embeddings.shape[1], num_classes, delta, neighboring_relation)
     return mechanism.noisy_sum([(embeddings, rows)], config, seed=seed), config.noise_std
 
 
 def noise_std(epsilon: float, delta: float = 1e-5, neighboring_relation: str = "add_or_remove_one") -> float:
     """Standard deviation of the noise on a sum of vectors of norm one: public, before anything is read."""
-    return _config(epsilon, delta, neighboring_relation, 1, 1).noise_std
+    return gaussian_sum(epsilon, 1, 1, delta, neighboring_relation).noise_std
 
 
-def _config(
-    epsilon: float, delta: float, neighboring_relation: str, dimension: int, num_rows: int
+def gaussian_sum(
+    epsilon: float,
+    dimension: int,
+    num_rows: int,
+    delta: float = 1e-5,
+    neighboring_relation: str = "add_or_remove_one",
 ) -> mechanism.GaussianSum:
+    """The sum of vectors ``(dimension,)`` in ``num_rows`` classes at a budget; no noise at ``epsilon = inf``."""
     return mechanism.GaussianSum(
         dimension=dimension,
-        noise_multiplier=0.0 if math.isinf(epsilon) else accounting.noise_multiplier(epsilon, delta),
+        noise_multiplier=0.0 if epsilon == math.inf else accounting.noise_multiplier(epsilon, delta),
         num_rows=num_rows,
         neighboring_relation=neighboring_relation,
     )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, certificate, mechanism
+from hyperdp_lib import certificate
 from hyperdp_lib.artefacts import folder_sha256, library_versions, tensors_sha256
 from hyperdp_lib.baselines import controls, dp_training
 from hyperdp_lib.certificate import Certificate
@@ -108,12 +108,7 @@ def release_noisy_sum(
         raise InputError("private_images must lie in [-1, 1]: use data.to_model_range on 8-bit images.")
     try:
         noiseless = math.isinf(epsilon) and epsilon > 0
-        sums = mechanism.GaussianSum(
-            dimension=config.dimension,
-            noise_multiplier=0.0 if noiseless else accounting.noise_multiplier(epsilon, delta),
-            num_rows=len(names),
-            neighboring_relation=neighboring_relation,
-        )
+        sums = controls.gaussian_sum(epsilon, config.dimension, len(names), delta, neighboring_relation)
         stated: dict[str, Any] = dict(
             method=method,
             epsilon=epsilon,
