@@ -70,6 +70,10 @@ class GlyphConfig:
     held_out: float = 0.06
     seed: int = 20_260_625
 
+    def tasks(self, split: str = "train", *, progress: bool = True) -> GlyphTasks:
+        """The source of tasks."""
+        return GlyphTasks(self, split, progress=progress)
+
 
 def is_number(character: str) -> bool:
     """Whether a character is, or names, a number: never part of the public data.
@@ -107,7 +111,7 @@ def _characters(font_name: str, font) -> list[str]:
     return sorted(chosen)
 
 
-def _signed_fields(ink: np.ndarray, skeleton: np.ndarray | None = None) -> np.ndarray:
+def signed_fields(ink: np.ndarray, skeleton: np.ndarray | None = None) -> np.ndarray:
     """(2, 40, 40) int8: signed distance to the outline (inside positive) and minus the distance to the skeleton."""
     from scipy.ndimage import distance_transform_edt
     from skimage.morphology import skeletonize
@@ -158,7 +162,7 @@ def _render_fonts(progress: bool) -> tuple[np.ndarray, list[str]]:
             ink = canvas > 110
             if not 0.02 < ink.mean() < 0.45:  # nothing, or a solid block
                 continue
-            fields.append(_signed_fields(ink))
+            fields.append(signed_fields(ink))
             names.append(c)
     return np.stack(fields), names
 
@@ -187,7 +191,7 @@ def _draw_strokes(count: int, seed: int, progress: bool) -> np.ndarray:
         column, row = np.clip(xy.astype(int), 0, FIELD_SIZE - 1).T
         skeleton = np.zeros((FIELD_SIZE, FIELD_SIZE), bool)
         skeleton[row, column] = True
-        fields[i] = _signed_fields(binary_dilation(skeleton, iterations=2), skeleton)
+        fields[i] = signed_fields(binary_dilation(skeleton, iterations=2), skeleton)
     return fields
 
 
@@ -199,10 +203,10 @@ def load_shapes(config: GlyphConfig, *, progress: bool = True) -> tuple[np.ndarr
     """
     import matplotlib
 
-    fonts, names = _cached(
+    fonts, names = cached_fields(
         ("fonts", FONTS, NUMBER_NAMES.pattern, matplotlib.__version__), lambda: _render_fonts(progress)
     )
-    strokes, stroke_names = _cached(
+    strokes, stroke_names = cached_fields(
         ("strokes", config.num_strokes, config.seed),
         lambda: (
             _draw_strokes(config.num_strokes, config.seed, progress),
@@ -212,7 +216,7 @@ def load_shapes(config: GlyphConfig, *, progress: bool = True) -> tuple[np.ndarr
     return np.concatenate([fonts, strokes]), names + stroke_names
 
 
-def _cached(key: tuple, make: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
+def cached_fields(key: tuple, make: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
     folder = Path(os.environ.get("HYPERDP_CACHE", Path.home() / ".cache" / "hyperdp"))
     digest = hashlib.sha256(repr((key, FIELD_SIZE, GLYPH_BOX, FIELD_LIMIT)).encode()).hexdigest()[:16]
     path = folder / f"{key[0]}-{digest}.npz"
@@ -253,6 +257,9 @@ class GlyphTasks:
     torch.Size([2, 5, 1, 16, 16])
     """
 
+    image_size = 16
+    coarse = 0.5  # share of the tasks seen by a scanner of 8 x 8 pixels, which is what the private images may be
+
     def __init__(
         self, config: GlyphConfig | None = None, split: str = "train", *, progress: bool = True
     ) -> None:
@@ -267,7 +274,7 @@ class GlyphTasks:
         keep = [
             i
             for i, name in enumerate(names)
-            if in_split[split](_share(name))
+            if in_split[split](share_of(name))
             and (config.lookalikes or len(name) > 1 or not is_lookalike(name))
         ]
         self._set(fields[keep], [names[i] for i in keep])
@@ -298,7 +305,11 @@ class GlyphTasks:
     def describe(self) -> dict:
         """Counts for the model card."""
         strokes = sum(name.startswith("stroke ") for name in self.names)
+        lookalikes = "kept" if self.config.lookalikes else "left out"
         return {
+            "text": f"{len(self.names)} shapes of {self.num_classes} classes: {strokes} random pen strokes, the rest "
+            "characters rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: "
+            f"{lookalikes}.",
             **asdict(self.config),
             "shapes": len(self.names),
             "classes": self.num_classes,
@@ -393,17 +404,19 @@ class GlyphTasks:
         level = torch.where(pen, pen_width, weight)[:, None, None]
         ink = torch.sigmoid((distance + level) / task(0.35, 0.9)[:, None, None])
         ink = torch.where(coin(0.6)[:, None, None], _fill_height(ink, width), ink)
-
-        # A scanner: the private images may be 8 x 8, so half of the tasks pass through that resolution.
-        from hyperdp_lib.data import resize
-
-        pixels = ink[:, None] * 2 - 1
-        coarse = coin(0.5)
-        fine = F.avg_pool2d(pixels, GLYPH_BOX // 16)
+        pixels = self._dress(ink, T, M, g)[:, None] * 2 - 1
+        fine = F.avg_pool2d(pixels, GLYPH_BOX // self.image_size)
+        coarse = coin(self.coarse)
         if coarse.any():
-            fine[coarse] = resize(F.avg_pool2d(pixels[coarse], GLYPH_BOX // 8), 16)
+            from hyperdp_lib.data import resize
+
+            fine[coarse] = resize(F.avg_pool2d(pixels[coarse], GLYPH_BOX // 8), self.image_size)
         gain = torch.where(coin(0.5), task(1.0, 1.5), task(0.75, 1.0))[:, None, None, None]
-        return ((fine + 1) * gain - 1).clamp(-1, 1).reshape(T, M, 1, 16, 16)
+        return ((fine + 1) * gain - 1).clamp(-1, 1).reshape(T, M, 1, self.image_size, self.image_size)
+
+    def _dress(self, ink: Tensor, num_tasks: int, per_task: int, g: torch.Generator) -> Tensor:
+        """What else a style may do to the ink (T * M, 32, 32) in [0, 1]; here nothing."""
+        return ink
 
 
 def _fill_height(ink: Tensor, width: Tensor) -> Tensor:
@@ -432,6 +445,6 @@ def _fill_height(ink: Tensor, width: Tensor) -> Tensor:
     ]
 
 
-def _share(name: str) -> float:
+def share_of(name: str) -> float:
     """A fixed number in [0, 1) for a name: decides its split, whatever else is in the data."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32

@@ -145,6 +145,14 @@ class HyperNetwork(nn.Module):
         names = tuple(str(i) for i in range(len(features))) if names is None else tuple(names)
         return Adapter(self.lora_config, self.geometry, factors, names)
 
+    def codes(self, images: Tensor) -> Tensor:
+        """What public training keeps of images (N, C, H, W): their embeddings (N, k)."""
+        return self.encoder(images)
+
+    def simulate(self, codes: Tensor, sizes: Tensor, noise_std: Tensor, generator: torch.Generator) -> Tensor:
+        """What the trunk reads of simulated noisy sums; arguments as in `simulate_sums`."""
+        return self.features(*simulate_sums(codes, sizes, noise_std, generator))
+
     def using(self, coordinates: int) -> HyperNetwork:
         """Itself, for sums of so many coordinates besides the count; see `nested` for one that has a choice."""
         present = self.encoder.config.dimension - 1
@@ -182,6 +190,19 @@ def summary(
     length = mean.norm(dim=1, keepdim=True).clamp_min(1e-6)
     mean = mean * (1.5 / length).clamp_max(1.0)
     return 8.0 * mean, (noise.clamp_min(1e-4).log() + 4.0)[:, None] / 2.0, (count.log() - 4.0)[:, None] / 2.0
+
+
+def simulate_sums(
+    codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Noisy sums (T, k) of sets of the given sizes (T,), from embeddings (T, S, k) of up to S of their images.
+
+    A set larger than S has the mean of its S images: the difference is below the noise that matters.
+    """
+    chosen = torch.arange(codes.shape[1])[None] < sizes[:, None]
+    mean = (codes * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
+    sums = mean * sizes[:, None]
+    return sums + noise_std[:, None] * torch.randn(sums.shape, generator=g), noise_std
 
 
 def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetwork, manifest: dict) -> None:

@@ -38,12 +38,12 @@ from hyperdp_lib.artefacts import library_versions, tensors_sha256
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.embedding import Encoder, EncoderConfig
 from hyperdp_lib.evaluation import FeatureNetwork
-from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import (
     HyperNetwork,
     HyperNetworkConfig,
     load_pretrained,
     read_half,
+    simulate_sums,
     summary,
     write_half,
 )
@@ -54,15 +54,12 @@ from hyperdp_lib.training import (
     StageConfig,
     TaskPool,
     adapted_loss,
-    log_uniform,
-    simulate_sums,
-    stream,
+    train_features,
 )
 
 COORDINATES = (8, 16, 32, 64)  # sizes a release may have, besides the count
 COUNT_COORDINATE = 0.25  # less than the plain encoder's: it takes less of the norm from what there is to say
 SHARES = (1.0, 0.5)  # standard deviation, over public tasks, of the new features and of the plain encoder's
-FEATURES_STAGE = StageConfig(1000, 128, 3, 1e-3)
 HYPERNETWORK_STAGE = StageConfig(2000, 64, 8, 8e-4, 0.999)
 REDRAW = 0.5  # weight of redrawing the image, beside telling characters apart
 POOL_TASKS = 1536
@@ -143,6 +140,19 @@ class NestedHyperNetwork(HyperNetwork):
         told = sizes.to(mean.dtype).expand(len(mean), -1)
         return torch.cat([F.pad(mean, (0, COORDINATES[-1] - mean.shape[1])), *rest, told], 1)
 
+    def codes(self, images: Tensor) -> Tensor:
+        """All coordinates of images (N, C, H, W): `first` cuts them at every step anew."""
+        return self.encoder.everything(images)
+
+    def simulate(self, codes: Tensor, sizes: Tensor, noise_std: Tensor, generator: torch.Generator) -> Tensor:
+        """What the trunk reads of simulated noisy sums, each task's with a random number of coordinates."""
+        counts = torch.tensor(COORDINATES)[torch.randint(len(COORDINATES), (len(codes),), generator=generator)]
+        sums, noise_std = simulate_sums(first(codes, counts), sizes, noise_std, generator)
+        # one batch of all counts: the zeros after a task's own coordinates are no coordinates of it
+        read = [self.features(sums[counts == k][:, : 1 + k], noise_std[counts == k]) for k in COORDINATES]
+        order = torch.cat([torch.nonzero(counts == k)[:, 0] for k in COORDINATES]).argsort()
+        return torch.cat(read)[order]
+
     def using(self, coordinates: int) -> NestedHyperNetwork:
         """A copy for releases of so many coordinates."""
         other = copy.deepcopy(self)
@@ -208,32 +218,15 @@ def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]
 # ---- public training ---------------------------------------------------------------------------------------
 
 
-def train_features(preset: Preset, stage: StageConfig, source: Any, out: Path) -> FeatureNetwork:
-    """A network that tells public characters apart, and from whose features each image can be redrawn."""
-    torch.manual_seed(77)
-    network = FeatureNetwork(preset.encoder.channels, preset.encoder.image_size, name="codes")
-    pixels = preset.encoder.channels * preset.encoder.image_size**2
-    classes = min(preset.feature_classes, source.num_classes)
-    head = nn.Sequential(nn.GELU(), nn.Linear(network.dimension, classes))
-    redraw = nn.Sequential(nn.Linear(network.dimension, 512), nn.GELU(), nn.Linear(512, pixels))
-    loop = Loop("codes", [(network, 1.0), (head, 1.0), (redraw, 1.0)], stage, out)
-    if not loop.done:
-        batches = stream(source, stage.tasks, stage.images, 7700 + loop.step, classes)
-
-        def loss(step: int) -> tuple[Tensor, dict]:
-            levels, labels = next(batches)
-            images = from_levels(levels).flatten(0, 1)
-            codes = network(images)
-            logits, labels = head(codes), labels.repeat_interleave(stage.images)
-            classify, picture = F.cross_entropy(logits, labels), F.mse_loss(redraw(codes), images.flatten(1))
-            accuracy = (logits.argmax(1) == labels).float().mean()
-            return classify + REDRAW * picture, {
-                "classify": classify.detach(), "redraw": picture.detach(), "accuracy": accuracy,
-            }  # fmt: skip
-
-        loop.run(loss, every=min(200, stage.steps))
-    loop.modules.load_state_dict(loop.average)
-    return network.eval().requires_grad_(False)
+def build(
+    preset: Preset, source: Any, encoder: Encoder, base_model: nn.Module, out: Path, device: str = "cpu"
+) -> NestedHyperNetwork:
+    """An untrained hypernetwork, on coordinates found from the source's tasks; trains the features if they are not."""
+    features = train_features(preset, source, out, device, redraw=REDRAW, name="codes").cpu()
+    typical = source.sample_tasks(min(2000, max(100, 2 * preset.pool_tasks)), 12, torch.Generator().manual_seed(11))
+    nested = NestedEncoder(encoder.cpu(), features, *directions(encoder, features, typical))
+    torch.manual_seed(preset.seed + 3)
+    return NestedHyperNetwork(nested, base_model, preset.hypernetwork).to(device)
 
 
 def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
@@ -262,7 +255,8 @@ class HeldOut:
         drawn = tasks.sample_tasks(256, images + 40, torch.Generator().manual_seed(preset.seed + 4900))
         self.queries = drawn[:, :images]
         with torch.no_grad():
-            parts = [encoder.everything(part) for part in drawn[:, images:].flatten(0, 1).split(500)]
+            device = encoder.centre.device
+            parts = [encoder.everything(part.to(device)).cpu() for part in drawn[:, images:].flatten(0, 1).split(500)]
         self.nested = torch.cat(parts).unflatten(0, (len(drawn), 40))
 
     @torch.no_grad()
@@ -272,7 +266,9 @@ class HeldOut:
         sizes = torch.full((tasks,), 1000.0)
         codes = first(self.nested, torch.full((tasks,), coordinates))[..., : 1 + coordinates]
         sums, std = simulate_sums(codes, sizes, noise * sizes, g)
-        return float(adapted_loss(base_model, network(sums, std), self.queries, torch.Generator().manual_seed(1)))
+        device = next(network.parameters()).device
+        adapter = network(sums.to(device), std.to(device))
+        return float(adapted_loss(base_model, adapter, self.queries.to(device), torch.Generator().manual_seed(1)))
 
 
 def train(out: Path, *, smoke: bool = False) -> Path:
@@ -283,13 +279,13 @@ def train(out: Path, *, smoke: bool = False) -> Path:
     from hyperdp_lib.baselines.decoders import smoke_preset
 
     preset = smoke_preset() if smoke else PRESETS["glyphs"]
-    features_stage = dataclasses.replace(FEATURES_STAGE, steps=2, tasks=8) if smoke else FEATURES_STAGE
     stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
+    preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     base_model, plain = load_pretrained("glyphs")
-    source, held_out_tasks = GlyphTasks(preset.glyphs), GlyphTasks(preset.glyphs, "held_out")
-    features = train_features(preset, features_stage, source, checkpoints)
+    source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
+    features = train_features(preset, source, checkpoints, "cpu", redraw=REDRAW, name="codes")
     typical = source.sample_tasks(100 if smoke else 2000, 12, torch.Generator().manual_seed(11))
     encoder = NestedEncoder(plain.encoder, features, *directions(plain.encoder, features, typical))
     network = NestedHyperNetwork(encoder, base_model, plain.config)
@@ -298,26 +294,14 @@ def train(out: Path, *, smoke: bool = False) -> Path:
     learned = nn.ModuleList([network.trunk_in, network.blocks, network.trunk_out, network.head_a, network.head_b])
     loop = Loop("hypernetwork", [(learned, 1.0)], stage, checkpoints)
     if not loop.done:
-        pool_preset = dataclasses.replace(
-            preset,
-            pool_tasks=min(POOL_TASKS, preset.pool_tasks),
-            encoder=dataclasses.replace(preset.encoder, dimension=1 + COORDINATES[-1]),
-        )
-        pool = TaskPool(pool_preset, _Everything(encoder), source, 8000 + loop.step, "cpu")  # type: ignore[arg-type]
+        pool = TaskPool(preset, network.codes, source, 8000 + loop.step, "cpu")
         g = torch.Generator().manual_seed(8500 + loop.step)
 
         def loss(step: int) -> tuple[Tensor, dict]:
             pool.refresh()
-            rows = torch.randperm(len(pool.images), generator=g)[: stage.tasks]
-            order = torch.rand(len(rows), pool.images.shape[1], generator=g).argsort(1)
-            images = pool.images[rows[:, None], order[:, : stage.images]]
-            set_sizes = log_uniform(*preset.set_size, len(rows), g).round()
-            noise_std = log_uniform(*preset.mean_noise, len(rows), g) * set_sizes
-            sizes = torch.tensor(COORDINATES)[torch.randint(len(COORDINATES), (len(rows),), generator=g)]
-            codes = first(pool.codes[rows[:, None], order[:, stage.images :]], sizes)
-            sums, noise_std = simulate_sums(codes, set_sizes, noise_std, g)
-            # one batch of all sizes: the zeros after a task's own coordinates are no coordinates of it
-            value = adapted_loss(base_model, _of_sizes(network, sums, noise_std, sizes), from_levels(images), g)
+            images, codes, sizes, noise_std = pool.draw_codes(preset, stage.tasks, stage.images, g)
+            adapter = network.generate(network.simulate(codes, sizes, noise_std, g))
+            value = adapted_loss(base_model, adapter, from_levels(images), g)
             return value, {"loss": value.detach()}
 
         def check() -> dict:
@@ -327,54 +311,52 @@ def train(out: Path, *, smoke: bool = False) -> Path:
         loop.run(loss, every=min(100, stage.steps), check=check)
     loop.modules.load_state_dict(loop.average)
     network.eval().requires_grad_(False)
-    network.table = {
-        noise: {k: round(held_out.loss(network, base_model, noise, k), 5) for k in COORDINATES}
-        for noise in (NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
-    }
-    _write(out, network, loop, source, preset)
+    tabulate(network, base_model, preset, held_out_tasks, NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
+    _write(out, network, loop, source)
     return out
 
 
-class _Everything(nn.Module):
-    """All coordinates, for the pool of tasks: `first` cuts them at every step anew."""
-
-    def __init__(self, encoder: NestedEncoder) -> None:
-        super().__init__()
-        self.nested = encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.nested.everything(images)
-
-
-def _of_sizes(network: NestedHyperNetwork, sums: Tensor, noise_std: Tensor, sizes: Tensor) -> Any:
-    """Adapters of sums of different sizes in one batch, in their order."""
-    read = [network.features(sums[sizes == k][:, : 1 + k], noise_std[sizes == k]) for k in COORDINATES]
-    order = torch.cat([torch.nonzero(sizes == k)[:, 0] for k in COORDINATES]).argsort()
-    return network.generate(torch.cat(read)[order])
+def tabulate(
+    network: NestedHyperNetwork, base_model: nn.Module, preset: Preset, held_out_tasks: Any,
+    noise_levels: Sequence[float] = NOISE_LEVELS,
+) -> None:
+    """Fill the network's table: by it, the coordinates of a release are chosen."""
+    held_out = HeldOut(network.encoder, preset, held_out_tasks, preset.joint_stage.images)
+    network.table = {
+        noise: {k: round(held_out.loss(network, base_model, noise, k), 5) for k in COORDINATES}
+        for noise in noise_levels
+    }
 
 
-def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, preset: Preset) -> None:
-    for name, state in (("encoder", network.encoder.state_dict()), ("hypernetwork", network.decoder_state())):
-        write_half(out / f"{name}.safetensors", state)
-    manifest = {
-        "name": "glyphs-nested",
+def manifest(network: NestedHyperNetwork) -> dict[str, Any]:
+    """What `load_nested` reads, besides the weights."""
+    return {
         "kind": "nested",
-        "builds_on": "glyphs",
-        "command": "python -m hyperdp_lib.nested --out FOLDER",
-        "public_data": source.describe(),
         "encoder": asdict(network.encoder.encoder.config),
         "hypernetwork": asdict(network.config),
         "coordinates": COORDINATES,
         "count_coordinate": COUNT_COORDINATE,
         "shares": SHARES,
-        "stages": {"features": asdict(FEATURES_STAGE), "hypernetwork": asdict(loop.config)},
-        "steps": loop.step,
-        "history": loop.history,
         "table": network.table,
         "encoder_sha256": tensors_sha256(network.encoder.state_dict()),
+    }
+
+
+def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any) -> None:
+    for name, state in (("encoder", network.encoder.state_dict()), ("hypernetwork", network.decoder_state())):
+        write_half(out / f"{name}.safetensors", state)
+    told = {
+        "name": "glyphs-nested",
+        "builds_on": "glyphs",
+        "command": "python -m hyperdp_lib.nested --out FOLDER",
+        "public_data": source.describe(),
+        "stages": {"features": asdict(PRESETS["glyphs"].codes_stage), "hypernetwork": asdict(loop.config)},
+        "steps": loop.step,
+        "history": loop.history,
+        **manifest(network),
         "versions": library_versions(),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (out / "manifest.json").write_text(json.dumps(told, indent=2) + "\n")
     rows = "\n".join(
         f"| {noise:g} | {' | '.join(f'{row[k]:.4f}' for k in COORDINATES)} |" for noise, row in network.table.items()
     )

@@ -13,6 +13,7 @@ that a release may meet.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -29,10 +30,11 @@ from tqdm import tqdm
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.data import InputError, from_levels, to_levels
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, denoising_loss
+from hyperdp_lib.drawings import DrawingConfig
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained, simulate_sums
 
 STAGES = ("features", "encoder", "base", "joint")
 
@@ -52,7 +54,7 @@ class StageConfig:
 class Preset:
     """Everything that decides the trained weights (public)."""
 
-    glyphs: GlyphConfig = field(default_factory=GlyphConfig)
+    public_data: GlyphConfig | DrawingConfig = field(default_factory=GlyphConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     base: BaseModelConfig = field(default_factory=BaseModelConfig)
     hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
@@ -60,6 +62,9 @@ class Preset:
     encoder_stage: StageConfig = StageConfig(1200, 64, 20, 1e-3)
     base_stage: StageConfig = StageConfig(1200, 64, 8, 2e-3)
     joint_stage: StageConfig = StageConfig(4000, 64, 8, 1.5e-3, 0.999)
+    codes_stage: StageConfig = StageConfig(1000, 128, 3, 1e-3)  # for nested coordinates only
+    nested: bool = False  # coordinates by size and noise, see hyperdp_lib.nested
+    feature_network: str = "glyphnet"  # name of the features that scores are computed in
     feature_classes: int = 2048
     pool_tasks: int = 2048  # tasks in play at a time during `joint`
     pool_images: int = 80  # images of each; also the largest support set
@@ -70,22 +75,30 @@ class Preset:
     seed: int = 0
 
 
+_MINIATURE = Preset(
+    public_data=GlyphConfig(num_strokes=200),
+    encoder=EncoderConfig(dimension=16, width=8),
+    base=BaseModelConfig(width=32, num_layers=1),
+    hypernetwork=HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1),
+    features_stage=StageConfig(8, 8, 4, 1e-3),
+    encoder_stage=StageConfig(12, 8, 8, 1e-3, 0.9),
+    base_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
+    joint_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
+    codes_stage=StageConfig(8, 8, 4, 1e-3),
+    feature_classes=32,
+    pool_tasks=16,
+    pool_images=12,
+    fresh_tasks=4,
+)
+_DRAWINGS = Preset(public_data=DrawingConfig(), nested=True, feature_network="drawnet", pool_tasks=1536)
+
 PRESETS = {
     "glyphs": Preset(),
-    "glyphs-lookalikes": Preset(glyphs=GlyphConfig(lookalikes=True)),
-    "miniature": Preset(
-        glyphs=GlyphConfig(num_strokes=200),
-        encoder=EncoderConfig(dimension=16, width=8),
-        base=BaseModelConfig(width=32, num_layers=1),
-        hypernetwork=HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1),
-        features_stage=StageConfig(8, 8, 4, 1e-3),
-        encoder_stage=StageConfig(12, 8, 8, 1e-3, 0.9),
-        base_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
-        joint_stage=StageConfig(12, 8, 4, 1e-3, 0.9),
-        feature_classes=32,
-        pool_tasks=16,
-        pool_images=12,
-        fresh_tasks=4,
+    "glyphs-lookalikes": Preset(public_data=GlyphConfig(lookalikes=True)),
+    "drawings": _DRAWINGS,
+    "miniature": _MINIATURE,
+    "drawings-miniature": dataclasses.replace(
+        _MINIATURE, public_data=DrawingConfig(), nested=True, feature_network="drawnet"
     ),
 }
 
@@ -226,25 +239,44 @@ class Loop:
         return result
 
 
-def train_features(preset: Preset, source: GlyphTasks, out: Path, device: str) -> FeatureNetwork:
-    """Stage 1: a classifier of public characters in random styles; its 64 features are what scores are computed in."""
-    torch.manual_seed(preset.seed)
-    network = FeatureNetwork().to(device)
+def train_features(
+    preset: Preset, source: GlyphTasks, out: Path, device: str, *, redraw: float = 0.0, name: str = "features"
+) -> FeatureNetwork:
+    """Stage 1: a classifier of public characters in random styles; its 64 features are what scores are computed in.
+
+    With ``redraw``, features from which each image can be drawn again, too: the ``codes`` of `hyperdp_lib.nested`.
+    """
+    codes = name == "codes"
+    torch.manual_seed(77 if codes else preset.seed)
+    config = preset.codes_stage if codes else preset.features_stage
+    shape = (preset.encoder.channels, preset.encoder.image_size)
+    network = FeatureNetwork(*shape, name="codes" if codes else preset.feature_network).to(device)
     classes = min(preset.feature_classes, source.num_classes)
     head = nn.Sequential(nn.GELU(), nn.Linear(network.dimension, classes)).to(device)
-    config = preset.features_stage
-    loop = Loop("features", [(network, 1.0), (head, 1.0)], config, out)
+    parts: list[tuple[nn.Module, float]] = [(network, 1.0), (head, 1.0)]
+    if redraw:
+        pixels = shape[0] * shape[1] ** 2
+        picture = nn.Sequential(nn.Linear(network.dimension, 512), nn.GELU(), nn.Linear(512, pixels)).to(device)
+        parts.append((picture, 1.0))
+    loop = Loop(name, parts, config, out)
     if not loop.done:
-        batches = stream(source, config.tasks, config.images, preset.seed + 1000 + loop.step, classes)
+        seed = 7700 if codes else preset.seed + 1000
+        batches = stream(source, config.tasks, config.images, seed + loop.step, classes)
 
         def loss(step: int) -> tuple[Tensor, dict]:
-            images, labels = next(batches)
-            logits = head(network(from_levels(images.to(device)).flatten(0, 1)))
+            levels, labels = next(batches)
+            images = from_levels(levels.to(device)).flatten(0, 1)
             labels = labels.to(device).repeat_interleave(config.images)
+            found = network(images)
+            logits = head(found)
             value = F.cross_entropy(logits, labels)
-            return value, {"loss": value.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
+            numbers = {"loss": value.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
+            if redraw:
+                error = F.mse_loss(picture(found), images.flatten(1))
+                value, numbers = value + redraw * error, {**numbers, "redraw": error.detach()}
+            return value, numbers
 
-        loop.run(loss)
+        loop.run(loss, every=min(200, config.steps))
     loop.modules.load_state_dict(loop.average)
     return network.eval().requires_grad_(False)
 
@@ -317,15 +349,22 @@ def train_base(preset: Preset, source: GlyphTasks, out: Path, device: str) -> nn
 
 
 class TaskPool:
-    """The tasks in play: images as uint8, embeddings, and a few replaced by fresh ones at every step."""
+    """The tasks in play: images as uint8, embeddings, and a few replaced by fresh ones at every step.
 
-    def __init__(self, preset: Preset, encoder: Encoder, source: GlyphTasks, seed: int, device: str) -> None:
+    ``embed``: images (N, C, H, W) -> (N, k); an encoder, for example.
+    """
+
+    def __init__(
+        self, preset: Preset, embed: Callable[[Tensor], Tensor], source: GlyphTasks, seed: int, device: str
+    ) -> None:
         self.batches = stream(source, preset.fresh_tasks, preset.pool_images, seed)
-        self.encoder, self.device, self.fresh = encoder, device, preset.fresh_tasks
+        self.embed, self.device, self.fresh = embed, device, preset.fresh_tasks
         channels, size = preset.encoder.channels, preset.encoder.image_size
         shape = (preset.pool_tasks, preset.pool_images)
         self.images = torch.empty(*shape, channels, size, size, dtype=torch.uint8)
-        self.codes = torch.empty(*shape, preset.encoder.dimension)
+        with torch.no_grad():
+            k = embed(torch.zeros(1, channels, size, size, device=device)).shape[1]
+        self.codes = torch.empty(*shape, k)
         self.next = 0
         for _ in tqdm(range(-(-preset.pool_tasks // self.fresh)), desc="filling the pool", disable=None):
             self.refresh()
@@ -337,33 +376,26 @@ class TaskPool:
         self.next = int(rows[-1]) + 1
         self.images[rows] = images
         with torch.no_grad():
-            codes = self.encoder(from_levels(images.to(self.device)).flatten(0, 1))
+            codes = self.embed(from_levels(images.to(self.device)).flatten(0, 1))
         self.codes[rows] = codes.cpu().unflatten(0, images.shape[:2])
+
+    def draw_codes(
+        self, preset: Preset, tasks: int, queries: int, g: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query images (T, Q, ...), embeddings of others (T, S, k), set sizes (T,), noise std of their sums (T,)."""
+        rows = torch.randperm(len(self.images), generator=g)[:tasks]
+        order = torch.rand(tasks, self.images.shape[1], generator=g).argsort(1)
+        images = self.images[rows[:, None], order[:, :queries]]
+        sizes = log_uniform(*preset.set_size, tasks, g).round()
+        codes = self.codes[rows[:, None], order[:, queries:]]
+        return images, codes, sizes, log_uniform(*preset.mean_noise, tasks, g) * sizes
 
     def draw(
         self, preset: Preset, tasks: int, queries: int, g: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query images (T, Q, ...), simulated noisy sums (T, k) and their noise levels (T,)."""
-        rows = torch.randperm(len(self.images), generator=g)[:tasks]
-        available = self.images.shape[1] - queries
-        order = torch.rand(tasks, available + queries, generator=g).argsort(1)
-        images = self.images[rows[:, None], order[:, :queries]]
-        sizes = log_uniform(*preset.set_size, tasks, g).round()
-        codes = self.codes[rows[:, None], order[:, queries:]]
-        return images, *simulate_sums(codes, sizes, log_uniform(*preset.mean_noise, tasks, g) * sizes, g)
-
-
-def simulate_sums(
-    codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Noisy sums (T, k) of sets of the given sizes (T,), from embeddings (T, S, k) of up to S of their images.
-
-    A set larger than S has the mean of its S images: the difference is below the noise that matters.
-    """
-    chosen = torch.arange(codes.shape[1])[None] < sizes[:, None]
-    mean = (codes * chosen[:, :, None]).sum(1) / chosen.sum(1, keepdim=True)
-    sums = mean * sizes[:, None]
-    return sums + noise_std[:, None] * torch.randn(sums.shape, generator=g), noise_std
+        images, codes, sizes, noise_std = self.draw_codes(preset, tasks, queries, g)
+        return images, *simulate_sums(codes, sizes, noise_std, g)
 
 
 def adapted_loss(base: nn.Module, adapter: Adapter, images: Tensor, g: torch.Generator) -> Tensor:
@@ -377,34 +409,29 @@ def train_joint(
     source: GlyphTasks,
     held_out: GlyphTasks,
     base: nn.Module,
-    encoder: Encoder,
+    hypernetwork: HyperNetwork,
     out: Path,
     device: str,
 ) -> tuple[nn.Module, HyperNetwork]:
     """Stage 4: base and hypernetwork together, warmed up, the base at half the rate; tasks fresh throughout."""
-    torch.manual_seed(preset.seed + 3)
     base = base.requires_grad_(True)
-    hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
     config = preset.joint_stage
     loop = Loop("joint", [(base, 0.5), (hypernetwork, 1.0)], config, out)
     if not loop.done:
-        pool = TaskPool(preset, encoder, source, preset.seed + 4000 + loop.step, device)
+        pool = TaskPool(preset, hypernetwork.codes, source, preset.seed + 4000 + loop.step, device)
         g = torch.Generator().manual_seed(preset.seed + 4500 + loop.step)
         fixed = torch.Generator().manual_seed(preset.seed + 4900)
         unseen = held_out.sample_tasks(4 * config.tasks, config.images + 40, fixed)
         with torch.no_grad():
-            codes = (
-                encoder(unseen[:, config.images :].flatten(0, 1).to(device))
-                .cpu()
-                .unflatten(0, (len(unseen), 40))
-            )
+            parts = unseen[:, config.images :].flatten(0, 1).to(device).split(500)
+            codes = torch.cat([hypernetwork.codes(part).cpu() for part in parts]).unflatten(0, (len(unseen), 40))
         sizes = torch.full((len(unseen),), 128.0)
-        sums, std = simulate_sums(codes, sizes, torch.full((len(unseen),), 3.73), fixed)
+        seen = hypernetwork.simulate(codes, sizes, torch.full((len(unseen),), 3.73), fixed)
 
         def loss(step: int) -> tuple[Tensor, dict]:
             pool.refresh()
-            images, noisy_sums, noise = pool.draw(preset, config.tasks, config.images, g)
-            adapter = hypernetwork(noisy_sums.to(device), noise.to(device))
+            images, codes, sizes, noise_std = pool.draw_codes(preset, config.tasks, config.images, g)
+            adapter = hypernetwork.generate(hypernetwork.simulate(codes, sizes, noise_std, g).to(device))
             off = torch.rand(config.tasks, generator=g).to(device) < preset.adapter_off
             factors = {name: (a, b * ~off[:, None, None]) for name, (a, b) in adapter.factors.items()}
             adapter = Adapter(adapter.lora_config, adapter.geometry, factors, adapter.names)
@@ -415,7 +442,7 @@ def train_joint(
             again = torch.Generator().manual_seed(1)
             queries = unseen[:, : config.images].to(device)
             alone = denoising_loss(base, queries.flatten(0, 1), again).mean()
-            adapter = hypernetwork(sums.to(device), std.to(device))
+            adapter = hypernetwork.generate(seen.to(device))
             return {
                 "held_out": adapted_loss(base, adapter, queries, again.manual_seed(1)),
                 "held_out_no_adapter": alone,
@@ -454,7 +481,7 @@ def train(
         raise InputError(f"{out} holds another preset's training: choose another folder with --out")
     (out / "preset.json").write_text(settings)
 
-    source = GlyphTasks(preset.glyphs)
+    source = preset.public_data.tasks()
     if "joint" not in stages:
         alone = {"features": train_features, "encoder": train_encoder, "base": train_base}
         for stage in stages:
@@ -463,8 +490,17 @@ def train(
     features = train_features(preset, source, out, device)
     encoder = train_encoder(preset, source, out, device)
     base = train_base(preset, source, out, device)
-    held_out = GlyphTasks(preset.glyphs, "held_out")
-    base, hypernetwork = train_joint(preset, source, held_out, base, encoder, out, device)
+    held_out = preset.public_data.tasks("held_out")
+    if preset.nested:
+        from hyperdp_lib import nested
+
+        hypernetwork: HyperNetwork = nested.build(preset, source, encoder, base, out, device)
+    else:
+        torch.manual_seed(preset.seed + 3)
+        hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
+    base, hypernetwork = train_joint(preset, source, held_out, base, hypernetwork, out, device)
+    if preset.nested:
+        nested.tabulate(hypernetwork, base, preset, held_out)
     write_weights(name, preset, source, out, base, hypernetwork, features, device)
     return out / "weights"
 
@@ -504,6 +540,10 @@ def write_weights(
         "count_coordinate": COUNT_COORDINATE,
         "versions": library_versions(),
     }
+    if preset.nested:
+        from hyperdp_lib import nested
+
+        manifest |= nested.manifest(hypernetwork)
     save_pretrained(folder, base.cpu(), hypernetwork.cpu(), manifest)
     features.cpu().save(folder / "features.safetensors")
     checksums = {k: v for k, v in folder_sha256(folder).items() if k not in ("README.md", "manifest.json")}
@@ -512,8 +552,6 @@ def write_weights(
 
 def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     """What the weights are, made of what, by which command."""
-    data = manifest["public_data"]
-    lookalikes = "kept" if data["lookalikes"] else "left out"
     rows = "\n".join(
         f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['last']} |"
         for stage, log in manifest["stages"].items()
@@ -523,10 +561,10 @@ def model_card(manifest: dict, checksums: dict[str, str]) -> str:
 
 Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and feature network. Public data only.
 
-- **Data.** {data["shapes"]} shapes of {data["classes"]} classes: {data["strokes"]} random pen strokes, the rest
-  characters rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: {lookalikes}.
+- **Data.** {manifest["public_data"]["text"]}
 - **Command.** `{manifest["command"]}` (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
-- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; 16 x 16 grey images, white on black.
+- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; {manifest["preset"]["encoder"]["image_size"]} pixels
+  a side, white on black.
 - **Limits.** Made for single drawn characters and simple drawings. Half precision.
 
 | stage | steps | time | last log line |

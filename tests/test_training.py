@@ -7,8 +7,8 @@ import torch
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE
-from hyperdp_lib.hypernetwork import load_pretrained
-from hyperdp_lib.training import PRESETS, Loop, StageConfig, simulate_sums, train
+from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
+from hyperdp_lib.training import PRESETS, Loop, StageConfig, train
 
 
 @pytest.fixture(scope="module")

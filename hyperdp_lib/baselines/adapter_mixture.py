@@ -39,7 +39,6 @@ from hyperdp_lib.baselines import decoders
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import Encoder, embed
-from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import (
     TARGET_MODULES,
     HyperNetwork,
@@ -342,11 +341,11 @@ def train_adapter_mixture(out: Path, *, smoke: bool = False, stage: StageConfig 
     torch.manual_seed(preset.seed + 6)
     shape = MixtureShape(num_adapters=4) if smoke else MixtureShape()
     mixture = AdapterMixture(base_model, hypernetwork.encoder.config.dimension, shape)
-    source = GlyphTasks(preset.glyphs)
+    source = preset.public_data.tasks()
     if not (out / "checkpoints" / "adapter_mixture.pt").exists():
         means = public_means(source, hypernetwork.encoder, 40 if smoke else 2000, preset.seed + 6000)
         mixture.start_from(means, seed=preset.seed)
-    held_out = decoders.HeldOut.draw(preset, hypernetwork.encoder, GlyphTasks(preset.glyphs, "held_out"))
+    held_out = decoders.HeldOut.draw(preset, hypernetwork.encoder, preset.public_data.tasks("held_out"))
     loop = decoders.train_decoder(
         "adapter_mixture",
         [(mixture.a, 1.0), (mixture.b, 1.0), (mixture.gate, 0.3), (mixture.correction, 0.3)],

@@ -32,7 +32,6 @@ from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.baselines import decoders
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained, read_half, resolve, summary, write_half
 from hyperdp_lib.training import PRESETS, StageConfig
 
@@ -309,8 +308,8 @@ def train_direct_conditioning(out: Path, *, smoke: bool = False, stage: StageCon
     base_model, hypernetwork = load_pretrained("glyphs")
     torch.manual_seed(preset.seed + 5)
     decoder = ConditionedDenoiser(base_model, hypernetwork.encoder.config.dimension)
-    source = GlyphTasks(preset.glyphs)
-    held_out = decoders.HeldOut.draw(preset, hypernetwork.encoder, GlyphTasks(preset.glyphs, "held_out"))
+    source = preset.public_data.tasks()
+    held_out = decoders.HeldOut.draw(preset, hypernetwork.encoder, preset.public_data.tasks("held_out"))
     loop = decoders.train_decoder(
         "direct_conditioning",
         [(decoder.transformer, 0.5), (decoder.conditioner, 1.0)],
