@@ -9,6 +9,7 @@ The modules, in the order in which to read them:
 `duplicates`        are private images in the public data? A research check, not DP
 `image_files`       image folders and `.npz` files, and what is wrong with them
 `glyphs`            the public tasks, rendered from fonts
+`drawings`          public tasks from drawings by people
 `embedding`         image -> vector of norm at most 1, one example at a time
 `mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
 `accounting`        (epsilon, delta) <-> noise multiplier
@@ -25,6 +26,7 @@ The modules, in the order in which to read them:
 `training`          public pre-training and meta-training
 `release`           the one composition of all of the above
 `nested`            a release with as many coordinates as declared size and noise support
+`cells`             several means instead of one, as far as declared size and noise support
 `posterior`         what a noisy sum leaves open: draws of the clean mean
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
@@ -62,6 +64,7 @@ __all__ = [
     "artefacts",
     "auditing",
     "baselines",
+    "cells",
     "certificate",
     "comparison",
     "comparison_tables",
@@ -69,6 +72,7 @@ __all__ = [
     "data_cards",
     "data_sets",
     "diffusion",
+    "drawings",
     "duplicates",
     "embedding",
     "evaluation",

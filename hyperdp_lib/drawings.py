@@ -83,7 +83,7 @@ class DrawingTasks(GlyphTasks):
     def __init__(
         self, config: DrawingConfig | None = None, split: str = "train", *, progress: bool = True
     ) -> None:
-        self.config = config = DrawingConfig() if config is None else config  # type: ignore[assignment]
+        self.drawn = config = DrawingConfig() if config is None else config
         if split not in ("train", "held_out"):
             raise ValueError(f"split must be 'train' or 'held_out', not {split!r}")
         fields, names = load_drawings(config.data_sets, progress=progress)
@@ -94,7 +94,7 @@ class DrawingTasks(GlyphTasks):
 
     def _set(self, fields: np.ndarray, names: list[str]) -> None:
         super()._set(fields, names)
-        self.image_size = self.config.image_size
+        self.image_size = self.drawn.image_size
         self._class_names = list(dict.fromkeys(names))
         groups: dict[str, list[int]] = {}  # alphabets and data sets
         for number, name in enumerate(self._class_names):
@@ -117,9 +117,9 @@ class DrawingTasks(GlyphTasks):
         """Counts for the model card."""
         return {
             "text": f"{len(self.names)} drawings of {len(self._members)} classes, each turned and mirrored too, of the "
-            f"training splits of {', '.join(self.config.data_sets)}. No digits. Omniglot's Latin, Greek and Cyrillic "
+            f"training splits of {', '.join(self.drawn.data_sets)}. No digits. Omniglot's Latin, Greek and Cyrillic "
             "alphabets, whose letters look like digits, are left out; other shapes that do so are not.",
-            "data_sets": list(self.config.data_sets),
+            "data_sets": list(self.drawn.data_sets),
             "shapes": len(self.names),
             "classes": len(self._members),
             "turned": self.num_classes,

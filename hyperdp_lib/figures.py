@@ -27,6 +27,8 @@ METHOD_COLOURS = {
     "dp_deepsets_refined": (0.10, 0.25, 0.55),
     "dp_deepsets_nested": (0.00, 0.55, 0.60),
     "dp_deepsets_nested_refined": (0.00, 0.33, 0.33),
+    "dp_deepsets_cells": (0.45, 0.70, 0.25),
+    "dp_deepsets_cells_refined": (0.20, 0.40, 0.05),
     "dp_hybrid": _PALETTE[9],
     "dp_lora": _PALETTE[3],
     "dp_ldm": _PALETTE[1],
@@ -41,7 +43,7 @@ METHOD_COLOURS = {
     "lora_non_private": (0.15, 0.15, 0.15),
     "real": (0.55, 0.55, 0.55),
 }
-_MARKERS = "osD^vPX*<>hdp"
+_MARKERS = "osD^vPX*<>hdpH8"
 
 
 def house_style() -> None:
@@ -216,10 +218,14 @@ _STEPS = (
     ("real", False, "real held-out images"),
     ("lora_non_private", False, "LoRA trained on the images, not private"),
     ("dp_embedding_sgd", False, "best adapters that the hypernetwork can make, no noise"),
+    ("dp_deepsets_cells_refined", False, "cells, decoded in a closed loop, no noise"),
+    ("dp_deepsets_cells", False, "cells, decoded once, no noise"),
     ("dp_deepsets_nested_refined", False, "nested coordinates, decoded in a closed loop, no noise"),
     ("dp_deepsets_nested", False, "nested coordinates, decoded once, no noise"),
     ("dp_deepsets_refined", False, "one sum, decoded in a closed loop, no noise"),
     ("dp_deepsets", False, "one sum, decoded once, no noise"),
+    ("dp_deepsets_cells_refined", True, "cells, decoded in a closed loop"),
+    ("dp_deepsets_cells", True, "cells, decoded once"),
     ("dp_deepsets_nested_refined", True, "nested coordinates, decoded in a closed loop"),
     ("dp_deepsets_nested", True, "nested coordinates, decoded once"),
     ("dp_deepsets_refined", True, "one sum, decoded in a closed loop"),

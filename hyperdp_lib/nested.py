@@ -126,12 +126,15 @@ class NestedHyperNetwork(HyperNetwork):
     ----------
     table : mapping
         Noise on the mean -> number of coordinates -> denoising loss on held-out public tasks.
+    centroids : mapping
+        Of `hyperdp_lib.cells`; empty if the weights have none.
     """
 
     def __init__(self, encoder: NestedEncoder, base_model: nn.Module, config: HyperNetworkConfig | None = None) -> None:
         super().__init__(encoder, base_model, config)
         self.trunk_in = nn.Linear(COORDINATES[-1] + 2 + len(COORDINATES), self.config.hidden)
         self.table: Mapping[float, Mapping[int, float]] = {}
+        self.centroids: Mapping[str, Tensor] = {}
 
     def features(self, noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
         """What the trunk reads: the noisy mean with zeros where there is no coordinate, and which sizes there are."""
@@ -147,8 +150,10 @@ class NestedHyperNetwork(HyperNetwork):
     def simulate(self, codes: Tensor, sizes: Tensor, noise_std: Tensor, generator: torch.Generator) -> Tensor:
         """What the trunk reads of simulated noisy sums, each task's with a random number of coordinates."""
         counts = torch.tensor(COORDINATES)[torch.randint(len(COORDINATES), (len(codes),), generator=generator)]
-        sums, noise_std = simulate_sums(first(codes, counts), sizes, noise_std, generator)
-        # one batch of all counts: the zeros after a task's own coordinates are no coordinates of it
+        return self.features_of(*simulate_sums(first(codes, counts), sizes, noise_std, generator), counts)
+
+    def features_of(self, sums: Tensor, noise_std: Tensor, counts: Tensor) -> Tensor:
+        """What the trunk reads of sums (T, 1 + 64) of which the first ``counts`` (T,) coordinates were released."""
         read = [self.features(sums[counts == k][:, : 1 + k], noise_std[counts == k]) for k in COORDINATES]
         order = torch.cat([torch.nonzero(counts == k)[:, 0] for k in COORDINATES]).argsort()
         return torch.cat(read)[order]
@@ -212,6 +217,8 @@ def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]
     decoder = read_half(folder / "hypernetwork.safetensors")
     network.load_state_dict(decoder | {f"encoder.{k}": v for k, v in nested.state_dict().items()})
     network.table = {float(level): {int(k): v for k, v in row.items()} for level, row in manifest["table"].items()}
+    if (folder / "cells.safetensors").is_file():
+        network.centroids = read_half(folder / "cells.safetensors")
     return network
 
 

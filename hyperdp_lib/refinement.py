@@ -33,6 +33,7 @@ from tqdm import tqdm
 from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.artefacts import tensors_sha256
+from hyperdp_lib.cells import CellHyperNetwork, mix
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import noisy_count
 from hyperdp_lib.release import Release
@@ -119,6 +120,21 @@ def refine(
     names = tuple(class_names) or ("adapter",)
     if released.ndim != 2 or len(released) != len(names):
         raise InputError(f"noisy_sum must have a row for each of the {len(names)} classes.")
+    if isinstance(hypernetwork, CellHyperNetwork):  # every cell for itself, with as many samples in all
+        parts = hypernetwork.parts(released, noise_std)
+        sums = torch.cat([found for found, _ in parts])
+        each = max(10, config.images_per_class * len(names) // len(sums))
+        decoded = refine(
+            sums,
+            noise_std,
+            hypernetwork.hypernetwork,
+            base_model,
+            dataclasses.replace(config, images_per_class=each),
+            class_names=tuple(map(str, range(len(sums)))),
+            generator=generator,
+            progress=progress,
+        )
+        return mix(decoded, [slots for _, slots in parts], names)
     count = noisy_count(released, noise_std, hypernetwork.encoder.config.count_coordinate)[:, None]
     inputs, average = released.clone(), torch.zeros_like(released)
     kept = 1 - config.step_size / config.gain

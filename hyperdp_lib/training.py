@@ -483,7 +483,7 @@ def train(
 
     source = preset.public_data.tasks()
     if "joint" not in stages:
-        alone = {"features": train_features, "encoder": train_encoder, "base": train_base}
+        alone: dict[str, Callable] = {"features": train_features, "encoder": train_encoder, "base": train_base}
         for stage in stages:
             alone[stage](preset, source, out, device)
         return out / "weights"
@@ -500,6 +500,7 @@ def train(
         hypernetwork = HyperNetwork(encoder, base, preset.hypernetwork).to(device)
     base, hypernetwork = train_joint(preset, source, held_out, base, hypernetwork, out, device)
     if preset.nested:
+        assert isinstance(hypernetwork, nested.NestedHyperNetwork)
         nested.tabulate(hypernetwork, base, preset, held_out)
     write_weights(name, preset, source, out, base, hypernetwork, features, device)
     return out / "weights"
@@ -543,6 +544,7 @@ def write_weights(
     if preset.nested:
         from hyperdp_lib import nested
 
+        assert isinstance(hypernetwork, nested.NestedHyperNetwork)
         manifest |= nested.manifest(hypernetwork)
     save_pretrained(folder, base.cpu(), hypernetwork.cpu(), manifest)
     features.cpu().save(folder / "features.safetensors")
@@ -552,6 +554,7 @@ def write_weights(
 
 def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     """What the weights are, made of what, by which command."""
+    side = manifest["preset"]["encoder"]["image_size"]
     rows = "\n".join(
         f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['last']} |"
         for stage, log in manifest["stages"].items()
@@ -563,8 +566,7 @@ Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and fea
 
 - **Data.** {manifest["public_data"]["text"]}
 - **Command.** `{manifest["command"]}` (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
-- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; {manifest["preset"]["encoder"]["image_size"]} pixels
-  a side, white on black.
+- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; {side} x {side} grey images, white on black.
 - **Limits.** Made for single drawn characters and simple drawings. Half precision.
 
 | stage | steps | time | last log line |

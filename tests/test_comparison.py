@@ -21,6 +21,7 @@ from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
+from hyperdp_lib.cells import NUMBERS
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
@@ -75,6 +76,7 @@ def nested_network(base, network):
     encoder = NestedEncoder(network.encoder, codes, torch.zeros(79), torch.randn(79, 64))
     made = NestedHyperNetwork(encoder, base, network.config).eval().requires_grad_(False)
     made.table = {0.1: {8: 2.0, 16: 1.0, 32: 3.0, 64: 4.0}}
+    made.centroids = {f"16x{count}": torch.randn(count, 16) for count in NUMBERS[1:]}
     return made
 
 

@@ -121,7 +121,7 @@ def test_sums_of_different_sizes_in_one_batch_are_read_as_by_themselves(network)
     sums = torch.randn(5, 65, generator=torch.Generator().manual_seed(4))
     sums[:, 0] = 20.0
     noise_std = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.1])
-    together = nested._of_sizes(network, sums, noise_std, sizes)
+    together = network.generate(network.features_of(sums, noise_std, sizes))
     for row, size in enumerate(sizes.tolist()):
         alone = network(sums[row : row + 1, : 1 + size], noise_std[row : row + 1])
         for name, (a, b) in together.factors.items():

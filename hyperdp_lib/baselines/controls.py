@@ -24,6 +24,8 @@ from hyperdp_lib import accounting, embedding, mechanism
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels, to_levels
 
+BATCH = 1024  # images embedded at a time
+
 
 class PublicTasks(Protocol):
     """A source of small public data sets, such as `hyperdp_lib.glyphs.GlyphTasks`."""
@@ -107,10 +109,12 @@ def noisy_class_sums(
         Standard deviation of its noise.  ``epsilon = inf`` adds none and, not being private, needs a
         ``seed``.
     """
+    config = gaussian_sum(epsilon, encoder.config.dimension, num_classes, delta, neighboring_relation)
     rows = None if private_labels is None else private_labels.cpu().numpy().astype(np.int64)
-    embeddings = embedding.embed(encoder, private_images, batch_size=1000).detach().cpu().numpy()
-    config = gaussian_sum(epsilon, embeddings.shape[1], num_classes, delta, neighboring_relation)
-    return mechanism.noisy_sum([(embeddings, rows)], config, seed=seed), config.noise_std
+    starts = range(0, len(private_images), BATCH)
+    codes = embedding.embed_batches(encoder, (private_images[start : start + BATCH] for start in starts))
+    batches = ((part, None if rows is None else rows[i : i + BATCH]) for i, part in zip(starts, codes, strict=True))
+    return mechanism.noisy_sum(batches, config, seed=seed), config.noise_std
 
 
 def noise_std(epsilon: float, delta: float = 1e-5, neighboring_relation: str = "add_or_remove_one") -> float:

@@ -41,6 +41,7 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
+from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import WEIGHTS, load_pretrained
 from hyperdp_lib.refinement import RefinementConfig
@@ -187,16 +188,18 @@ class Bench:
         )
 
     def sample(self, adapter: Any, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and labels from one adapter for each class."""
+        """Images and labels from one adapter for each class, or from as many for each, which then share its images."""
+        classes, g = len(self.class_names), generator_for(seed)
+        wanted = self.num_images // classes
+        parts = adapter.num_adapters // classes
+        each = -(-wanted // parts)
         images = diffusion.sample(
-            self.base_model,
-            adapter,
-            self.num_images,
-            generator=generator_for(seed),
-            num_steps=self.settings.sampling_steps,
-        )
-        classes = len(self.class_names)
-        return images.cpu(), torch.arange(classes).repeat_interleave(self.num_images // classes)
+            self.base_model, adapter, classes * parts * each, generator=g, num_steps=self.settings.sampling_steps
+        ).cpu()
+        if wanted % parts:
+            kept = torch.randperm(parts * each, generator=g)[:wanted]
+            images = images.unflatten(0, (classes, parts * each))[:, kept].flatten(0, 1)
+        return images, torch.arange(classes).repeat_interleave(wanted)
 
     def score(self, outcome: Outcome) -> dict[str, Any]:
         """Scores of an outcome; an accuracy-only control has no image scores."""
@@ -242,12 +245,29 @@ def dp_deepsets_nested_refined(bench: Bench, epsilon: float, seed: int) -> Outco
     return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
 
 
+def dp_deepsets_cells(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Nested coordinates, and as many cells as the declared size and the noise support."""
+    (network,) = bench.public_models("dp_deepsets_nested")
+    return _ours(bench, epsilon, seed, CellHyperNetwork.fitting(network, *_declared(bench, epsilon)))
+
+
+def dp_deepsets_cells_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Cells, each decoded in a closed loop."""
+    (network,) = bench.public_models("dp_deepsets_nested")
+    config = bench.settings.config("dp_deepsets_nested_refined", epsilon)
+    return _ours(bench, epsilon, seed, CellHyperNetwork.fitting(network, *_declared(bench, epsilon)), config)
+
+
 def _fitting(bench: Bench, epsilon: float) -> Any:
     """The nested hypernetwork for the declared size of a class and the noise of this budget."""
     (network,) = bench.public_models("dp_deepsets_nested")
+    return network.fitting(*_declared(bench, epsilon))
+
+
+def _declared(bench: Bench, epsilon: float) -> tuple[float, float]:
+    """Noise on a sum, and the size of a class, which a comparison takes as declared: both public."""
     noise_std = controls.noise_std(epsilon, bench.delta, bench.neighboring_relation)
-    per_class = len(bench.private_train) / len(bench.class_names)
-    return network.fitting(noise_std, per_class)
+    return noise_std, len(bench.private_train) / len(bench.class_names)
 
 
 def _ours(
@@ -408,6 +428,8 @@ METHODS: Mapping[str, Method] = {
     "dp_deepsets_nested_refined": Method(
         dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="glyphs-nested"
     ),
+    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="glyphs-nested"),
+    "dp_deepsets_cells_refined": Method(dp_deepsets_cells_refined, also=(math.inf,), weights="glyphs-nested"),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
     "dp_ldm": Method(
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="glyphs-latent"

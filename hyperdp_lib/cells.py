@@ -1,0 +1,194 @@
+"""Several means instead of one: what a data set looks like, where, as far as its size and the noise support.
+
+The mean of six thousand handwritten sevens is one point, however little noise is on it; that some have a bar and some
+have none is lost in it. Here space is divided into M *cells*, by public centroids, and an image's vector goes into the
+block of the cell it lies in:
+
+    v(x) = e_c(x) (x) phi(x),   c(x) = the nearest centroid,   |v(x)| = |phi(x)|,
+
+so a sum of such vectors holds the count and the sum of every cell, its sensitivity is that of one plain sum, and so is
+the noise on each number. It is the same mechanism, released once, with a longer vector. Every cell that has enough in
+it is decoded into an adapter of its own; a class is their mixture, in proportion to the noisy counts.
+
+Which cells there are is public: centroids of the vectors of public tasks. How many is public, too: it follows from the
+*declared* size and the noise (`cells_for`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperdp_lib import embedding
+from hyperdp_lib.adapter import Adapter
+from hyperdp_lib.data import InputError
+from hyperdp_lib.hypernetwork import load_pretrained, resolve, write_half
+from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+
+NUMBERS = (1, 4, 16, 64)  # of cells, that a release may have
+ENOUGH = 16.0  # times the noise on a number: what a cell must hold if all were equal, see `cells_for`
+LEAST = 8  # images, if there is no noise
+COUNTED = 5.0  # times the noise on a count: a cell with less is left out
+CELLS_FILE = "cells.safetensors"
+SLOTS = 20  # members of the mixture that stands for a class: weights are multiples of 1 / SLOTS
+
+
+def cells_for(noise_std: float, declared_per_class: float) -> int:
+    """How many cells a declared size of a class and the noise on a sum support; both public.
+
+    >>> [cells_for(3.73, size) for size in (144, 1000, 6000)], cells_for(0.5, 144)
+    ([1, 16, 64], 16)
+    """
+    return max(m for m in NUMBERS if m == 1 or declared_per_class / m >= max(ENOUGH * noise_std, LEAST))
+
+
+def find_centroids(encoder: Any, public_images: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Directions (count, k) of cells: k-means of the directions of public images' vectors, the count left out."""
+    from sklearn.cluster import KMeans
+
+    directions = F.normalize(embedding.embed(encoder, public_images)[:, 1:], dim=1)
+    found = KMeans(count, n_init=1, random_state=seed).fit(directions.double().numpy())
+    return F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=1)
+
+
+class CellEncoder(nn.Module):
+    """Image -> its vector in the block of its cell, zeros elsewhere: (N, M (1 + k)), of the vector's own norm.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Public; one image at a time.
+    centroids : (M, k)
+        Public; see `find_centroids`.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, encoder: Any, centroids: Tensor) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("centroids", centroids)
+        if centroids.ndim != 2 or centroids.shape[1] != encoder.config.dimension - 1:
+            raise InputError(f"centroids must be (M, {encoder.config.dimension - 1}), got {tuple(centroids.shape)}.")
+        self.config = dataclasses.replace(encoder.config, dimension=len(centroids) * encoder.config.dimension)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] -> (N, M (1 + k))."""
+        codes = self.encoder(images)
+        cell = (codes[:, 1:] @ self.centroids.T).argmax(1)
+        blocks = F.one_hot(cell, len(self.centroids)).to(codes.dtype)[:, :, None] * codes[:, None]
+        return blocks.flatten(1)
+
+
+class CellHyperNetwork(nn.Module):
+    """A hypernetwork for sums with cells: decodes each with another hypernetwork, and mixes.
+
+    Its adapter has ``SLOTS`` members for each class, in the order of the classes; a part with a larger share is there
+    several times. Sampled like any other, it gives every class in equal number and its parts by their share.
+
+    Parameters
+    ----------
+    hypernetwork : HyperNetwork
+        For sums without cells.
+    centroids : (M, k)
+        For vectors of its encoder.
+    """
+
+    def __init__(self, hypernetwork: Any, centroids: Tensor) -> None:
+        super().__init__()
+        self.hypernetwork = hypernetwork
+        self.encoder = CellEncoder(hypernetwork.encoder, centroids)
+        self.base_model_sha256: str | None = hypernetwork.base_model_sha256
+
+    @classmethod
+    def fitting(cls, hypernetwork: NestedHyperNetwork, noise_std: float, declared_per_class: float) -> CellHyperNetwork:
+        """With as many cells, and coordinates in each, as a declared size of a class and the noise support."""
+        count = cells_for(noise_std, declared_per_class)
+        # a class fills only some of the cells: about a fourth part
+        fitted = hypernetwork.fitting(noise_std, declared_per_class / max(1.0, count / 4))
+        k = fitted.encoder.coordinates
+        if count > 1 and not fitted.centroids:
+            raise InputError(f"these weights have no {CELLS_FILE}: python -m hyperdp_lib.cells makes it.")
+        return cls(fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k))
+
+    def parts(self, noisy_sum: Tensor, noise_std: Tensor | float) -> list[tuple[Tensor, Tensor]]:
+        """Of each class: the sums of the cells that have enough in them (m, 1 + k), and their slots (m,)."""
+        constant = self.encoder.config.count_coordinate
+        cells = len(self.encoder.centroids)
+        found = []
+        for row in noisy_sum.view(len(noisy_sum), cells, -1):
+            count = row[:, 0] / constant
+            kept = count > COUNTED * float(torch.as_tensor(noise_std).max()) / constant
+            kept[count.argmax()] = True
+            found.append((row[kept], apportion(count[kept].clamp_min(1e-6))))
+        return found
+
+    def forward(
+        self, noisy_sum: Tensor, noise_std: Tensor | float, names: Sequence[str] | None = None
+    ) -> Adapter:
+        """Adapters of K data sets from noisy sums (K, M (1 + k)): a mixture of ``SLOTS`` members for each."""
+        names = tuple(map(str, range(len(noisy_sum)))) if names is None else tuple(names)
+        parts = self.parts(noisy_sum, noise_std)
+        decoded = self.hypernetwork(torch.cat([sums for sums, _ in parts]), noise_std)
+        return mix(decoded, [slots for _, slots in parts], names)
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """Weights without the encoder's."""
+        return self.hypernetwork.decoder_state()
+
+
+def tabulate(network: NestedHyperNetwork, public_images: Tensor) -> dict[str, Tensor]:
+    """Centroids for every number of coordinates k and of cells M, by the name ``{k}x{M}``."""
+    return {
+        f"{k}x{count}": find_centroids(network.using(k).encoder, public_images, count)
+        for k in COORDINATES
+        for count in NUMBERS[1:]
+    }
+
+
+def apportion(weights: Tensor) -> Tensor:
+    """``SLOTS`` slots by weight, largest remainders first; at most ``SLOTS`` weights get any.
+
+    >>> apportion(torch.tensor([2.0, 1.0, 1.0])).tolist()
+    [10, 5, 5]
+    """
+    quota = weights / weights.sum() * SLOTS
+    slots = quota.floor().long()
+    slots[(quota - slots).argsort(descending=True)[: SLOTS - int(slots.sum())]] += 1
+    return slots
+
+
+def mix(decoded: Adapter, slots: Sequence[Tensor], names: Sequence[str]) -> Adapter:
+    """The mixture: members repeated by their slots, class after class, named ``3/1`` to ``3/20``."""
+    members = torch.arange(decoded.num_adapters).repeat_interleave(torch.cat(list(slots)))
+    factors = {layer: (a[members], b[members]) for layer, (a, b) in decoded.factors.items()}
+    told = tuple(f"{name}/{number}" for name in names for number in range(1, SLOTS + 1))
+    return dataclasses.replace(decoded, factors=factors, names=told)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the centroids that belong to weights with nested coordinates; public data only, half a minute."""
+    from hyperdp_lib.training import PRESETS
+
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.cells", description=main.__doc__)
+    parser.add_argument("weights", help="name or folder of weights with nested coordinates")
+    folder = resolve(parser.parse_args(arguments).weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tasks = PRESETS[manifest.get("builds_on", manifest["name"])].public_data.tasks()
+    public_images = tasks.sample_tasks(2000, 4, torch.Generator().manual_seed(3)).flatten(0, 1)
+    network = load_pretrained(folder)[1]
+    assert isinstance(network, NestedHyperNetwork)
+    write_half(folder / CELLS_FILE, tabulate(network, public_images))
+    print(folder / CELLS_FILE)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
