@@ -144,6 +144,30 @@ class CellHyperNetwork(nn.Module):
         return self.hypernetwork.decoder_state()
 
 
+def fit(network: Any, noise_std: float, declared_per_class: float) -> tuple[Any, str]:
+    """The network for a declared size and the noise on a sum, and a description of its sums for the ledger."""
+    if isinstance(network, NestedHyperNetwork) and network.centroids:
+        fitted = CellHyperNetwork.fitting(network, noise_std, declared_per_class)
+        count, k = fitted.encoder.centroids.shape
+        if count > 1:
+            return fitted, f"a sum has a count and {k} coordinates for each of {count} cells"
+    network = network.fitting(noise_std, declared_per_class)
+    return network, f"a sum has a count and {network.encoder.config.dimension - 1} coordinates"
+
+
+def reading(network: NestedHyperNetwork, numbers: int) -> NestedHyperNetwork | CellHyperNetwork:
+    """The network for a noisy sum of so many numbers a class: these follow from coordinates and cells, and tell both.
+
+    >>> len({count * (1 + k) for count in NUMBERS for k in COORDINATES}) == len(NUMBERS) * len(COORDINATES)
+    True
+    """
+    for count in NUMBERS[1:]:
+        for k in COORDINATES:
+            if numbers == count * (1 + k) and f"{k}x{count}" in network.centroids:
+                return CellHyperNetwork(network.using(k), network.centroids[f"{k}x{count}"])
+    return network.using(numbers - 1)
+
+
 def tabulate(network: NestedHyperNetwork, public_images: Tensor) -> dict[str, Tensor]:
     """Centroids for every number of coordinates k and of cells M, by the name ``{k}x{M}``."""
     return {

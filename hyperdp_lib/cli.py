@@ -60,7 +60,7 @@ def _release(options: argparse.Namespace) -> None:
     _check_output(options.out, options.overwrite, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
-    from hyperdp_lib import data, hypernetwork, release
+    from hyperdp_lib import cells, data, hypernetwork, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
     from hyperdp_lib.ledger import LedgerEntry
 
@@ -81,9 +81,8 @@ def _release(options: argparse.Namespace) -> None:
     ledger: tuple[LedgerEntry, ...] = ()
     if options.declared_size is not None:
         per_class = options.declared_size / len(private.class_names or ("one",))
-        network = network.fitting(_noise_std(options), per_class)
-        coordinates = network.encoder.config.dimension - 1
-        declared = f"number of images, about {options.declared_size}: a sum has a count and {coordinates} coordinates"
+        network, text = cells.fit(network, _noise_std(options), per_class)
+        declared = f"number of images, about {options.declared_size}: {text}"
         ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
         _tell(f"declared public: {declared}")
     released = release.release(
@@ -128,22 +127,23 @@ def _sample(options: argparse.Namespace) -> None:
 
     base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
     adapter = release.load_adapters(options.folder, base_model)
-    class_names = adapter.names if (options.folder / "classes").is_dir() else None
+    class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
     base_model.to(options.device)
-    # Adapters share the images equally, so draw the next multiple and drop the surplus class by class.
-    num_adapters = len(adapter)
-    each = math.ceil(options.num_images / num_adapters)
-    images = diffusion.sample(
+    # Classes share the images equally, so draw the next multiple and drop the surplus class by class.
+    num_classes = len(class_names or ("adapter",))
+    each = math.ceil(options.num_images / num_classes)
+    images = diffusion.sample_classes(
         base_model,
         adapter.to(options.device),
-        num_images=each * num_adapters,
+        num_classes,
+        each,
         generator=torch.Generator().manual_seed(options.seed),
         num_steps=options.num_steps,
         progress=True,
     )
-    # image i of adapter k is kept while i * num_adapters + k < num_images: the shares differ by one at most
-    owner = torch.arange(num_adapters).repeat_interleave(each)
-    turn = torch.arange(each).repeat(num_adapters) * num_adapters + owner
+    # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
+    owner = torch.arange(num_classes).repeat_interleave(each)
+    turn = torch.arange(each).repeat(num_classes) * num_classes + owner
     kept = turn < options.num_images
     samples = data.ImageSet(images[kept], owner[kept] if class_names else None, class_names)
     data.save_npz(options.out, samples)

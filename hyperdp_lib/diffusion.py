@@ -154,3 +154,26 @@ def sample(
                     bar.update()
             batches.append(x.view(members, size, *shape).cpu())
     return torch.cat(batches, 1).flatten(0, 1).clamp(-1, 1)
+
+
+def sample_classes(
+    base_model: nn.Module,
+    adapter: Adapter,
+    num_classes: int,
+    per_class: int,
+    *,
+    generator: torch.Generator,
+    **options: Any,
+) -> Tensor:
+    """Images of every class in turn, (num_classes * per_class, C, H, W), sorted by class.
+
+    An adapter has one member a class, or the same number of members for each, which then share the class's images
+    equally. ``options`` are `sample`'s.
+    """
+    parts = adapter.num_adapters // num_classes
+    each = -(-per_class // parts)
+    images = sample(base_model, adapter, adapter.num_adapters * each, generator=generator, **options)
+    if per_class % parts == 0:
+        return images
+    kept = torch.stack([torch.randperm(parts * each, generator=generator)[:per_class] for _ in range(num_classes)])
+    return images.unflatten(0, (num_classes, -1))[torch.arange(num_classes)[:, None], kept].flatten(0, 1)

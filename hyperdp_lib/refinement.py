@@ -33,9 +33,10 @@ from tqdm import tqdm
 from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.artefacts import tensors_sha256
-from hyperdp_lib.cells import CellHyperNetwork, mix
+from hyperdp_lib.cells import CellHyperNetwork, mix, reading
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import noisy_count
+from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.release import Release
 
 
@@ -173,9 +174,11 @@ def refine_release(
     """
     config = config or RefinementConfig()
     statement = released.certificate
+    width = released.noisy_sum.shape[1]
+    nested = isinstance(hypernetwork, NestedHyperNetwork)
+    hypernetwork = reading(hypernetwork, width) if nested else hypernetwork.using(width - 1)
     if statement.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()) or statement.noise_std is None:
         raise InputError("the release was not made with this hypernetwork's encoder: name its own.")
-    hypernetwork = hypernetwork.using(released.noisy_sum.shape[1] - 1)
     adapter = refine(
         released.noisy_sum,
         statement.noise_std,

@@ -6,7 +6,10 @@ only, and is therefore free of privacy cost.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,15 +23,18 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, certificate, mechanism
+from hyperdp_lib import accounting, certificate, mechanism, strict_json
 from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, save_grid
-from hyperdp_lib.diffusion import sample
+from hyperdp_lib.diffusion import sample_classes
 from hyperdp_lib.embedding import embed_batches
 from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.ledger import LedgerEntry
+
+PARTS_FILE = "parts.json"  # of a release whose classes are mixtures: how often each part is drawn
+MOST_PARTS = 100  # of a class
 
 
 class Release(NamedTuple):
@@ -200,20 +206,21 @@ def save_release(
     adapter, statement, noisy_sum = released
     try:
         os.chmod(temporary, 0o755)
-        for i, name in enumerate(statement.class_names or ("",)):
-            where = temporary / "classes" / name if name else temporary
-            card = model_card(statement, adapter.lora_config, base_model, base_model_name, name)
-            save_adapter(adapter[i], where, base_model_name_or_path=base_model_name, model_card=card)
-        if statement.class_names:
-            card = model_card(
-                statement, adapter.lora_config, base_model, base_model_name, statement.class_names[0]
-            )
+        members = _members(adapter, statement.class_names or ("",))
+        for where, (i, _) in members.items():
+            card = model_card(statement, adapter.lora_config, base_model, base_model_name, where)
+            save_adapter(adapter[i], temporary / where, base_model_name_or_path=base_model_name, model_card=card)
+        if "" not in members:
+            card = model_card(statement, adapter.lora_config, base_model, base_model_name, next(iter(members)))
             (temporary / "README.md").write_text(card, encoding="utf-8")
+        if len(members) > max(1, len(statement.class_names)):
+            shares = {where: count for where, (_, count) in members.items()}
+            (temporary / PARTS_FILE).write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
         (temporary / EMBEDDING_FILE).write_bytes(
             to_safetensors({EMBEDDING_TENSOR: np.ascontiguousarray(noisy_sum)})
         )
         if num_samples:
-            _write_samples(temporary / "samples.png", adapter, base_model, num_samples)
+            _write_samples(temporary / "samples.png", adapter, statement.class_names, base_model, num_samples)
         certificate.write_certificate(statement, temporary)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
@@ -226,6 +233,26 @@ def save_release(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _members(adapter: Adapter, class_names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Folder of each different adapter of a release -> its place among the members, and how many of them it is.
+
+    One a class is the rule; a class that is a mixture (`hyperdp_lib.cells`) has parts.
+    """
+    each = adapter.num_adapters // len(class_names)
+    found: dict[str, tuple[int, int]] = {}
+    for number, name in enumerate(class_names):
+        where = f"classes/{name}" if name else ""
+        starts = [i for i in range(number * each, (number + 1) * each) if i % each == 0 or not _same(adapter, i - 1, i)]
+        for part, (start, end) in enumerate(itertools.pairwise([*starts, (number + 1) * each]), 1):
+            inside = f"part_{part:02}" if len(starts) > 1 else ""
+            found["/".join(filter(None, (where, inside)))] = (start, end - start)
+    return found
+
+
+def _same(adapter: Adapter, i: int, j: int) -> bool:
+    return all(torch.equal(factor[i], factor[j]) for factor in adapter.parameters())
 
 
 def load_release(folder: str | Path, base_model: nn.Module) -> Release:
@@ -249,6 +276,11 @@ def load_release(folder: str | Path, base_model: nn.Module) -> Release:
     return Release(_adapters(folder, statement, base_model), statement, noisy_sum)
 
 
+def class_names_of(adapter: Adapter) -> tuple[str, ...]:
+    """The classes of loaded adapters, whose members are ``3``, or ``3/1`` to ``3/20`` where a class is a mixture."""
+    return tuple(dict.fromkeys(name.split("/")[0] for name in adapter.names))
+
+
 def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
     """The adapters of a release, one for each class; or a plain PEFT folder's, if there is no certificate in it.
 
@@ -265,9 +297,35 @@ def _adapters(folder: Path, statement: Certificate | None, base_model: nn.Module
     expected = statement.base_model_sha256 if statement else None
     if expected is not None and expected != tensors_sha256(base_model.state_dict()):
         raise InputError(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
+    if (folder / PARTS_FILE).is_file():
+        return _load_parts(folder, names, base_model)
     if not names:
         return load_adapter(folder, base_model)
     return concatenate([load_adapter(folder / "classes" / name, base_model) for name in names], names)
+
+
+def _load_parts(folder: Path, class_names: Sequence[str], base_model: nn.Module) -> Adapter:
+    """Mixtures: every part as often as the file says, the same number for each class."""
+    places = {f"classes/{name}" if name else "": name for name in class_names or ("",)}
+    try:
+        shares = strict_json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
+        found: dict[str, list[tuple[str, int]]] = {place: [] for place in places}
+        for where, count in shares.items():
+            place, _, part = where.rpartition("/")
+            whole = where in places
+            if not (whole or (place in places and re.fullmatch(r"part_\d\d", part))) or type(count) is not int:
+                raise ValueError(f"{where!r} is no part of this release")
+            found[where if whole else place].append((where, count))
+        sizes = {sum(count for _, count in parts) for parts in found.values()}
+        if len(sizes) != 1 or not 1 <= min(sizes) <= MOST_PARTS or min(shares.values()) < 1:
+            raise ValueError("its numbers do not add up to the same for each class")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{PARTS_FILE} in {str(folder)!r} is damaged ({error}); see hyperdp verify") from error
+    members: list[Adapter] = []
+    for where, count in itertools.chain(*found.values()):
+        members += [load_adapter(folder / where, base_model)] * count
+    (size,) = sizes
+    return concatenate(members, [f"{name}/{i}" for name in places.values() for i in range(1, size + 1)])
 
 
 def _read_certificate(folder: Path) -> Certificate | None:
@@ -280,24 +338,33 @@ def _read_certificate(folder: Path) -> Certificate | None:
         raise InputError(f"{CERTIFICATE_FILE} in {str(folder)!r} {error}; see hyperdp verify") from error
 
 
-def _write_samples(path: Path, adapter: Adapter, base_model: nn.Module, num_samples: int) -> None:
+def _write_samples(
+    path: Path, adapter: Adapter, class_names: Sequence[str], base_model: nn.Module, num_samples: int
+) -> None:
     """A sheet with one row a class (or ten columns); the samples are post-processing, their seed is of no matter."""
-    members = adapter.num_adapters
-    share = max(1, num_samples // members)
-    images = sample(base_model, adapter, share * members, generator=torch.Generator().manual_seed(0))
-    if members == 1:
+    classes = len(class_names) or 1
+    share = max(1, num_samples // classes)
+    images = sample_classes(base_model, adapter, classes, share, generator=torch.Generator().manual_seed(0))
+    if not class_names:
         save_grid(path, ImageSet(images), rows=-(-share // 10))
     else:
-        owner = torch.arange(members).repeat_interleave(share)
-        save_grid(path, ImageSet(images, owner, adapter.names), columns=share)
+        owner = torch.arange(classes).repeat_interleave(share)
+        save_grid(path, ImageSet(images, owner, tuple(class_names)), columns=share)
 
 
 def model_card(
-    statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, name: str
+    statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, where: str
 ) -> str:
-    """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only."""
-    where = f"classes/{name}" if name else "."
-    what = f"class `{name}` of {len(statement.class_names)}" if name else "one unlabelled data set"
+    """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only.
+
+    ``where`` is the adapter's folder in the release, such as ``classes/3`` or ``classes/3/part_02``.
+    """
+    folders, what = where.split("/"), "one unlabelled data set"
+    if statement.class_names:
+        what = f"class `{folders[1]}` of {len(statement.class_names)}"
+    if folders[-1].startswith("part_"):
+        what += f"; one part of a mixture, in the proportions of `{PARTS_FILE}`"
+    where = where or "."
     shape: Any = base_model.config
     channels, size = shape.in_channels, shape.sample_size
     afterwards = "".join(f"\nAfter the release: {note}." for note in statement.post_processing)

@@ -179,7 +179,8 @@ def _adapters(certificate: Certificate, folder: Path) -> Iterator[str]:
     adapters = sorted({str(name.parent) for name in names if name.name in ADAPTER_FILES})
     if not adapters:
         yield "the certificate lists no adapter"
-    classes = {name.parts[1] for name in names if name.parts[0] == "classes" and len(name.parts) == 3}
+    # classes/NAME/file, or classes/NAME/part_01/file where a class is a mixture
+    classes = {name.parts[1] for name in names if name.parts[0] == "classes" and len(name.parts) in (3, 4)}
     if certificate.class_names and len(classes) != len(certificate.class_names):
         yield f"{len(classes)} class adapters are listed for {len(certificate.class_names)} classes"
     if (folder / "classes").is_dir():

@@ -364,14 +364,13 @@ def releases(tmp_path, monkeypatch):
         )
         write_certificate(certificate, tmp_path / folder)
 
-    def sample(base_model, adapter, num_images, *, generator, num_steps, progress):
-        each = num_images // len(adapter)
-        assert num_images == each * len(adapter)
-        owner = torch.arange(len(adapter)).repeat_interleave(each)
-        levels = (owner + 0.2 + 0.6 * torch.rand(num_images, generator=generator)) / 10
+    def sample_classes(base_model, adapter, num_classes, per_class, *, generator, num_steps, progress):
+        assert num_classes == len(adapter)
+        owner = torch.arange(num_classes).repeat_interleave(per_class)
+        levels = (owner + 0.2 + 0.6 * torch.rand(len(owner), generator=generator)) / 10
         return levels.view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
 
-    monkeypatch.setitem(vars(hyperdp_lib), "diffusion", SimpleNamespace(sample=sample))
+    monkeypatch.setitem(vars(hyperdp_lib), "diffusion", SimpleNamespace(sample_classes=sample_classes))
     load = SimpleNamespace(load_pretrained=lambda name: (base_models[name], None))
     monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", load)
     return tmp_path
@@ -586,9 +585,33 @@ def test_a_declared_size_decides_the_coordinates_and_stands_in_the_ledger(digit_
         assert f"about {size}" in declared["description"] and declared["epsilon"] == 0
         assert f"about {size}" in capsys.readouterr().err
         assert cli.main(["verify", str(out)]) == 0
-    assert dimensions[12] < dimensions[100_000] == 65
+    assert dimensions[12] < dimensions[100_000] == 64 * 65  # cells of a count and 64 coordinates
     refined = tmp_path / "refined"
     asked = ["--hypernetwork", "glyphs-nested", "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
     assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
     capsys.readouterr()
     refused(*command, "--declared-size", "0", "--out", tmp_path / "x", expect="--declared-size")
+
+
+def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_path, capsys):
+    """Enough images for several cells: a class is a mixture of PEFT adapters, drawn in their proportions."""
+    out, refined, drawn = tmp_path / "out", tmp_path / "refined", tmp_path / "drawn.npz"
+    nested = ["--hypernetwork", "glyphs-nested"]
+    command = ["release", str(digit_folder), "--epsilon", "1000", "--seed", "0", "--num-samples", "20", *nested]
+    assert cli.main([*command, "--declared-size", "2000", "--out", str(out)]) == 0
+    shares = json.loads((out / "parts.json").read_text())
+    classes = json.loads((out / "certificate.json").read_text())["class_names"]
+    assert len(shares) > len(classes) and sum(shares.values()) == 20 * len(classes)
+    assert all((out / where / "adapter_config.json").is_file() for where in shares)
+    assert (out / "samples.png").is_file() and cli.main(["verify", str(out)]) == 0
+    asked = [*nested, "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
+    assert cli.main(["refine", str(out), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
+    assert json.loads((refined / "parts.json").read_text()) == shares
+    for folder in (out, refined):
+        command = ["sample", str(folder), "--num-images", "25", "--num-steps", "2", "--seed", "0", *nested]
+        assert cli.main([*command, "--out", str(drawn), "--overwrite"]) == 0
+        samples = data.load_images(drawn)
+        assert samples.class_names == tuple(classes)
+        counts = samples.labels.bincount()
+        assert counts.sum() == 25 and counts.max() - counts.min() <= 1
+    capsys.readouterr()

@@ -12,10 +12,11 @@ import torch
 
 from hyperdp_lib import data
 from hyperdp_lib.certificate import STAMP, verify
+from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, sample
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained, save_pretrained
-from hyperdp_lib.release import Release, decode, release, save_release
+from hyperdp_lib.release import Release, class_names_of, decode, load_release, release, save_release
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,42 @@ def digits():
 def labelled(models, digits, **keywords) -> Release:
     defaults = {"epsilon": 1.0, "private_labels": digits.labels, "class_names": digits.class_names}
     return release(digits.images, models[1], **(defaults | keywords))
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ()])
+def test_a_class_may_be_a_mixture_of_adapters(models, digits, tmp_path, names):
+    """Members that are the same are written once; loaded, they are as many as before, in the same order."""
+    base, hypernetwork = models
+    labels = digits.labels % 2 if names else None
+    single = release(digits.images, hypernetwork, epsilon=8.0, private_labels=labels, class_names=names or None, seed=0)
+    sums = torch.tensor(single.noisy_sum).float()
+    rows = torch.cat([row * factor for row in sums for factor in (1.0, 1.0, 0.5, 0.25)]).view(-1, sums.shape[1])
+    rows[:, 0] = rows[:, 0].clamp_min(40.0)
+    mixed = hypernetwork(rows, 1.0, tuple(f"{name}/{i}" for name in names or ("",) for i in range(1, 5)))
+    folder = save_release(tmp_path / "out", single._replace(adapter=mixed), base, num_samples=6)
+    shares = json.loads((folder / "parts.json").read_text())
+    assert list(shares.values()) == [2, 1, 1] * max(1, len(names)) and verify(folder) == []
+    again = load_release(folder, base)
+    assert again.adapter.names == mixed.names and class_names_of(again.adapter) == (names or ("",))
+    for layer, factors in mixed.factors.items():
+        for ours, theirs in zip(factors, again.adapter.factors[layer], strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["[]", "{", '{"classes/a": "1"}', '{"classes/a": 1}', '{"classes/a/../../x": 1}', '{"classes/c": 1}', '{"": 1}',
+     '{"classes/a": 0, "classes/b": 0}', '{"classes/a": 1000000, "classes/b": 1000000}',
+     '{"classes/a/part_01": 2, "classes/b": 1}'],
+)  # fmt: skip
+def test_a_damaged_list_of_parts_is_an_error_in_words(models, digits, tmp_path, damage):
+    made = release(
+        digits.images, models[1], epsilon=8.0, private_labels=digits.labels % 2, class_names=("a", "b"), seed=0
+    )
+    folder = save_release(tmp_path / "out", made, models[0], num_samples=0)
+    (folder / "parts.json").write_text(damage)
+    with pytest.raises(InputError, match=r"parts\.json"):
+        load_release(folder, models[0])
 
 
 def test_without_noise_the_sum_is_the_sum_of_embeddings(models, digits):

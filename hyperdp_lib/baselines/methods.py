@@ -188,18 +188,17 @@ class Bench:
         )
 
     def sample(self, adapter: Any, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and labels from one adapter for each class, or from as many for each, which then share its images."""
-        classes, g = len(self.class_names), generator_for(seed)
-        wanted = self.num_images // classes
-        parts = adapter.num_adapters // classes
-        each = -(-wanted // parts)
-        images = diffusion.sample(
-            self.base_model, adapter, classes * parts * each, generator=g, num_steps=self.settings.sampling_steps
-        ).cpu()
-        if wanted % parts:
-            kept = torch.randperm(parts * each, generator=g)[:wanted]
-            images = images.unflatten(0, (classes, parts * each))[:, kept].flatten(0, 1)
-        return images, torch.arange(classes).repeat_interleave(wanted)
+        """Images and labels from the adapters of all classes."""
+        classes = len(self.class_names)
+        images = diffusion.sample_classes(
+            self.base_model,
+            adapter,
+            classes,
+            self.num_images // classes,
+            generator=generator_for(seed),
+            num_steps=self.settings.sampling_steps,
+        )
+        return images.cpu(), torch.arange(classes).repeat_interleave(self.num_images // classes)
 
     def score(self, outcome: Outcome) -> dict[str, Any]:
         """Scores of an outcome; an accuracy-only control has no image scores."""
