@@ -291,9 +291,13 @@ def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, 
 
 def _compare(options: argparse.Namespace) -> None:
     for epsilon in options.epsilon:
-        _check_epsilon(epsilon)
+        if not (epsilon == math.inf or (options.exact and epsilon == 0)):
+            _check_epsilon(epsilon)
     _check_delta(options.delta)
     _check_count("--seeds", options.seeds)
+    _check_count("--seed", options.seed or 0, least=0)
+    if options.pair is not None and os.path.basename(options.pair) != options.pair:
+        _refuse(f"--pair is a part of file names, so it holds no slash: {options.pair!r}")
     _check_count("--jobs", options.jobs)
     if options.num_private is not None:
         _check_count("--num-private", options.num_private)
@@ -315,13 +319,15 @@ def _compare(options: argparse.Namespace) -> None:
         delta=options.delta,
         neighboring_relation=options.neighboring_relation,
         num_private=options.num_private,
-        seeds=range(options.seeds),
+        seeds=range(options.seeds) if options.seed is None else [options.seed],
         hypernetwork=options.hypernetwork,
+        pair=options.pair,
         lookalikes=options.lookalikes,
         out=options.out,
         device=options.device,
         jobs=options.jobs,
         settings=settings,
+        exact=options.exact,
     )
     if options.json:
         print(json.dumps({"records": [str(path) for path in paths]}))
@@ -671,12 +677,15 @@ def _parser() -> Parser:
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")
     add("--private", required=True, metavar="NAME|IMAGES", help="private images, for example: digits")
     add("--methods", nargs="+", default=["all"], metavar="METHOD", help="all (default), or names of methods")
-    add("--epsilon", type=float, nargs="+", default=[1.0], help="privacy budgets; default: 1")
+    add("--epsilon", type=float, nargs="+", default=[1.0], help="privacy budgets, or inf for no noise; default: 1")
+    add("--exact", action="store_true", help="run no budgets but these, not even inf, or 0 for a control without data")
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--num-private", type=int, help="private images to use; default: all")
     add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
+    add("--seed", type=int, help="instead of --seeds: this one only")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--pair", metavar="NAME", help="of public and private data, for the records; default: from their names")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
     add("--settings", type=Path, metavar="JSON", help="settings of the methods, as hyperdp_lib.tuning writes them")

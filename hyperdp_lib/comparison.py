@@ -53,6 +53,7 @@ def compare(
     device: str = "cpu",
     command: str | None = None,
     jobs: int = 1,
+    exact: bool = False,
 ) -> list[Path]:
     """Run the missing cells of a grid and write a record for each.
 
@@ -65,10 +66,10 @@ def compare(
         Names from `METHODS`, or ``"all"``: every method whose public weights are there, and that can do without labels
         if there are none.
     epsilons : iterable of float
-        Budgets, > 0.  Controls without a budget, and no noise (recorded as ``null``), are added by
-        themselves.
+        Budgets; see `grid`.
     seeds : iterable of int
         Of subset, noise and sampling.  The noise is reproducible, so these are demonstrations, not releases.
+        Seed 0 also gets a sheet of samples beside each record.
     out : path
         Folder of records.  A cell whose record is there is skipped; records made with other weights, delta
         or relation are an error.
@@ -86,17 +87,16 @@ def compare(
     jobs : int
         Processes, each with one thread, that share the cells. The steps of a training are too short for several threads
         to help one another much.
+    exact : bool
+        Whether to run the budgets given and no others; see `grid`.
 
     Returns
     -------
     list of Path
         One per cell, in the order of the grid.
     """
-    methods = tuple(methods)
-    chosen = _method_names(methods)
-    budgets = tuple(float(epsilon) for epsilon in epsilons)
-    if any(not (0 < epsilon < math.inf) for epsilon in budgets):
-        raise InputError(f"every epsilon must be positive and finite, got {budgets}.")
+    methods, epsilons = tuple(methods), tuple(epsilons)
+    grid(methods, epsilons, exact=exact)  # refuse bad input before anything is loaded
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
     setting = functools.partial(
@@ -114,30 +114,20 @@ def compare(
         pair=pair,
         device=device,
     )
-    grid = setting()
-    if grid.bench.private_train.labels is None:
-        helpless = [name for name in chosen if METHODS[name].needs_labels]
-        if helpless and "all" not in methods:
-            raise InputError(f"{', '.join(helpless)} needs labels, but these images have none: leave it out.")
-        chosen = tuple(name for name in chosen if name not in helpless)
-    cells = [
-        (method, epsilon, seed)
-        for seed in seeds
-        for method in chosen
-        for epsilon in (*(budgets if METHODS[method].private else ()), *METHODS[method].also)
-    ]
-    paths = [grid.path(out, *cell) for cell in cells]
+    shared = setting()
+    once = grid(methods, epsilons, exact=exact, labelled=shared.bench.private_train.labels is not None)
+    cells = [(method, epsilon, seed) for seed in seeds for method, epsilon in once]
+    paths = [shared.path(out, *cell) for cell in cells]
     for path in paths:
         if path.exists():
-            grid.require_same(path)
+            shared.require_same(path)
     missing = [cell for path, cell in zip(paths, cells, strict=True) if not path.exists()]
-    first_seed = cells[0][2] if cells else 0
     bar = tqdm(total=len(cells), initial=len(cells) - len(missing), desc="compare", unit="cell", disable=None)
     with bar:
         if jobs == 1:
             for method, epsilon, seed in missing:
                 bar.set_postfix_str(f"{method} eps {epsilon:g} seed {seed}")
-                grid.run(method, epsilon, seed, out, command, sheet=seed == first_seed)
+                shared.run(method, epsilon, seed, out, command, sheet=seed == 0)
                 bar.update()
             return paths
         # spawned, not forked: a fork of a process whose thread pool has run may hang
@@ -145,12 +135,56 @@ def compare(
         with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(setting,)) as pool:
             # backwards: the slowest cells stand last, and none of them should be left to run alone at the end
             waiting = [
-                pool.submit(_run_in_worker, *cell, out, command, cell[2] == first_seed) for cell in reversed(missing)
+                pool.submit(_run_in_worker, *cell, out, command, cell[2] == 0) for cell in reversed(missing)
             ]
             for finished in as_completed(waiting):
                 finished.result()
                 bar.update()
     return paths
+
+
+def grid(
+    methods: Iterable[str], epsilons: Iterable[float], *, exact: bool = False, labelled: bool = True
+) -> list[tuple[str, float]]:
+    """Methods and budgets that a comparison runs for each seed, in its order.
+
+    Parameters
+    ----------
+    methods : iterable of str
+        See `compare`; with ``"all"``, those that need labels are left out where there are none.
+    epsilons : iterable of float
+        Budgets > 0, and ``inf`` for no noise.
+    exact : bool
+        By default a method gets all finite budgets, if it is private, and those in `Method.also` (no noise, or 0 for
+        the control that reads nothing private), asked for or not. Exactly: only those of them that are in ``epsilons``,
+        where 0 is allowed, too.
+
+    Examples
+    --------
+    >>> grid(["dp_deepsets", "public_only"], [1.0])
+    [('dp_deepsets', 1.0), ('dp_deepsets', inf), ('public_only', 0.0)]
+    >>> grid(["dp_deepsets", "public_only"], [1.0], exact=True)
+    [('dp_deepsets', 1.0)]
+    """
+    methods = tuple(methods)
+    chosen = _method_names(methods)
+    budgets = tuple(dict.fromkeys(float(epsilon) for epsilon in epsilons))
+    if not all(epsilon > 0 or (exact and epsilon == 0) for epsilon in budgets):
+        raise InputError(f"every epsilon must be positive, or inf for no noise, got {budgets}.")
+    helpless = [] if labelled else [name for name in chosen if METHODS[name].needs_labels]
+    if helpless and "all" not in methods:
+        raise InputError(f"{', '.join(helpless)} needs labels, but these images have none: leave it out.")
+    finite = [epsilon for epsilon in budgets if 0 < epsilon < math.inf]
+    cells = [
+        (method, epsilon)
+        for method in chosen
+        if method not in helpless
+        for epsilon in (*(finite if METHODS[method].private else ()), *METHODS[method].also)
+        if epsilon in budgets or not exact
+    ]
+    if not cells:
+        raise InputError(f"none of {', '.join(methods)} runs at epsilon {', '.join(f'{e:g}' for e in budgets)}.")
+    return cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +218,14 @@ class _Grid:
         private = self.bench.private_train
         own = dataclasses.replace(self.bench, private_train=subset(private, self.num_private, seed))
         outcome = METHODS[method].run(own, epsilon, seed)
+        scores = own.score(outcome)
+        if outcome.images is not None and sheet:
+            labels = outcome.labels if private.class_names else None
+            drawn = ImageSet(outcome.images, labels, private.class_names)
+            picture = self.path(out, method, epsilon, seed).with_suffix(".png")
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            data.save_grid(picture, drawn, columns=20, rows=10)
+        # last, because where a record is, its cell is done
         Record(
             pair=self.pair,
             method=method,
@@ -192,7 +234,7 @@ class _Grid:
             neighboring_relation=own.neighboring_relation,
             num_private=self.num_private,
             seed=seed,
-            scores=own.score(outcome),
+            scores=scores,
             seconds={name: round(value, 3) for name, value in outcome.seconds.items()},
             trained_parameters=outcome.trained_parameters,
             noise_dimension=outcome.noise_dimension,
@@ -200,11 +242,6 @@ class _Grid:
             settings={**self.fixed, "sampling_steps": own.settings.sampling_steps, **outcome.settings},
             provenance=records.provenance(command, own.device, started),
         ).save(out)
-        if outcome.images is not None and sheet:
-            labels = outcome.labels if private.class_names else None
-            drawn = ImageSet(outcome.images, labels, private.class_names)
-            picture = self.path(out, method, epsilon, seed).with_suffix(".png")
-            data.save_grid(picture, drawn, columns=20, rows=10)
 
 
 def _set_up(
@@ -223,7 +260,8 @@ def _set_up(
     device: str,
 ) -> _Grid:
     base_model, network, features, found = load_models(hypernetwork, feature_network, device)
-    train, test, name = _private_sets(private, base_model)
+    side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
+    train, test, name = private_sets(private, side, channels)
     if pair is None:
         variant = "" if lookalikes else "-no-lookalikes"
         pair = f"glyphs-{name}{variant}" if hypernetwork == "glyphs" else name
@@ -298,13 +336,12 @@ def _method_names(methods: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _private_sets(
-    private: str | Path | tuple[ImageSet, ImageSet], base_model: Any
+def private_sets(
+    private: str | Path | tuple[ImageSet, ImageSet], side: int = 16, channels: int = 1
 ) -> tuple[ImageSet, ImageSet, str]:
-    """Training set, test set and name."""
+    """Training set, test set and name of what `compare` is given."""
     if isinstance(private, tuple):
         return (*private, "private")
-    side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
     named, *part = str(private).split("/", 1)  # a class of a named set has its own test images, too
     if f"{named}-test" in data.NAMED_DATA_SETS:
         splits = ("/".join([f"{named}{split}", *part]) for split in ("", "-test"))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,10 @@ def test_sample_refuses_bad_output(stub_model, refused, images, tmp_path):
 def test_compare_and_verify_refuse_bad_options(refused, tmp_path):
     out = ["--out", tmp_path / "out"]
     refused("compare", "--private", "digits", "--epsilon", "1", "nan", *out, expect="--epsilon")
+    refused("compare", "--private", "digits", "--epsilon", "0", *out, expect="--epsilon")
+    refused("compare", "--private", "digits", "--epsilon", "-1", "--exact", *out, expect="--epsilon")
+    refused("compare", "--private", "digits", "--pair", "a/b", *out, expect="--pair")
+    refused("compare", "--private", "digits", "--seed", "-1", *out, expect="--seed")
     refused("compare", "--private", "digits", "--delta", "2", *out, expect="--delta")
     refused("compare", "--private", "digits", "--seeds", "0", *out, expect="--seeds")
     refused("compare", "--private", "digits", "--num-private", "0", *out, expect="--num-private")
@@ -505,7 +510,13 @@ def test_compare_passes_its_options_on(monkeypatch, capsys, tmp_path):
     assert cli.main([*command, str(tmp_path)]) == 0
     assert asked["private"] == "digits" and asked["methods"] == ["all"] and asked["epsilons"] == [1.0, 4.0]
     assert asked["num_private"] == 128 and list(asked["seeds"]) == [0, 1, 2] and asked["out"] == tmp_path
+    assert asked["pair"] is None and asked["exact"] is False
     assert capsys.readouterr().out.startswith("2 records in ")
+    one_cell = "compare --private digits --pair mine --epsilon inf 0 --exact --seed 2 --out".split()
+    assert cli.main([*one_cell, str(tmp_path)]) == 0
+    assert asked["epsilons"] == [math.inf, 0.0] and list(asked["seeds"]) == [2]
+    assert asked["pair"] == "mine" and asked["exact"] is True
+    capsys.readouterr()
     assert cli.main([*command, str(tmp_path), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["records"]) == 2
 

@@ -172,6 +172,15 @@ def test_interrupted_grid_resumes_and_repeats_nothing(models, private, tmp_path,
     assert calls == [(1.0, 0), (math.inf, 0), (1.0, 1), (1.0, 1), (math.inf, 1)]
 
 
+def test_exactly_the_budgets_asked_for(models, private, tmp_path):
+    asked = dict(methods=["dp_deepsets", "nearest_public", "public_only"], seeds=[3])
+    (path,) = run(models, private, tmp_path, **asked | {"methods": ["dp_deepsets"]}, epsilons=[2.0], exact=True)
+    assert os.listdir(tmp_path) == [path.name] and path.stem.endswith("_dp_deepsets_eps2_n40_seed3")
+    cells = [("dp_deepsets", math.inf), ("nearest_public", math.inf), ("public_only", 0.0)]
+    assert comparison.grid(asked["methods"], [math.inf, 0.0], exact=True) == cells
+    assert comparison.grid(asked["methods"], [math.inf]) == cells
+
+
 def test_a_cell_is_reproducible(models, private, tmp_path):
     asked = dict(methods=["dp_deepsets", "dp_lora", "dp_mepf", "nearest_public", "public_only"])
     for folder in ("first", "second"):
@@ -253,8 +262,9 @@ def test_unlabelled_images(models, private, tmp_path):
     [
         ({"methods": ["magic"]}, "unknown method 'magic'"),
         ({"methods": []}, "unknown method"),
-        ({"epsilons": [0.0]}, "positive and finite"),
-        ({"epsilons": [math.nan]}, "positive and finite"),
+        ({"epsilons": [0.0]}, "must be positive"),
+        ({"epsilons": [math.nan], "exact": True}, "must be positive"),
+        ({"methods": ["dp_lora"], "epsilons": [math.inf], "exact": True}, "none of dp_lora runs at epsilon inf"),
         ({"num_private": 0, "methods": ["public_only"]}, "1 .. 40"),
         ({"settings": dataclasses.replace(SETTINGS, num_images=10)}, "need 16 training images"),
     ],
