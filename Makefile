@@ -1,8 +1,9 @@
 # make book   set up .venv, build the executed book            (first run: minutes; again: quick)
-# make test   set up .venv, lint, types, tests, notebooks
+# make test   set up .venv and .venv-sweep, lint, types, tests, notebooks
+# make sweep  run what is missing of the grid in workflow/config.yaml; ARGS=-n: say what that is; ARGS=summary: how much is done
 # make results-table   rewrite the results table of README.md from book/results
 # make notebooks       run the notebooks, refresh their checked text, drop all other output
-# make clean  remove what the other targets made, .venv included
+# make clean  remove what the other targets made, environments included; records in runs/ stay
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := .[book,test]
 EXECUTED := _build/.executed
+# Snakemake's own environment: the requirements of the extra `sweep`, without the project
+SWEEP_VENV ?= .venv-sweep
+SWEEP_READY := $(SWEEP_VENV)/.ready
+SWEEP_EXTRA = $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['sweep'])")
+export HYPERDP_SNAKEMAKE ?= $(abspath $(SWEEP_VENV)/bin/snakemake)
+ARGS ?=
 JOBS ?= 2
 
 # On shared cores two spinning OpenMP threads are slower than one; processes share the cores instead.
@@ -30,7 +37,7 @@ define step
 	@echo "==> $(1)"; from=$$SECONDS; $(2); echo "    done: $(1) ($$((SECONDS - from)) s)"
 endef
 
-.PHONY: help setup book test lint types pytest notebooks results-table clean
+.PHONY: help setup book test lint types pytest notebooks sweep results-table clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -42,6 +49,10 @@ $(READY): pyproject.toml requirements.lock
 	$(call step,creating $(VENV) with $(PYTHON),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; })
 	$(call step,installing hyperdp with the versions of requirements.lock (two to ten minutes the first time),$(BIN)/python -m pip install --quiet --progress-bar off -c requirements.lock -e '$(EXTRAS)')
 	@touch $(READY)
+
+$(SWEEP_READY): pyproject.toml workflow/requirements.lock
+	$(call step,creating $(SWEEP_VENV) with Snakemake (half a minute the first time),test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV); $(SWEEP_VENV)/bin/python -m pip install --quiet --progress-bar off -c workflow/requirements.lock $(SWEEP_EXTRA))
+	@touch $(SWEEP_READY)
 
 # the notebooks' outputs are cached by their source alone: forget them when the library or a record changed
 $(EXECUTED): $(shell find hyperdp_lib book/results -type f -not -path '*/__pycache__/*' 2>/dev/null)
@@ -60,14 +71,17 @@ lint: $(READY)
 types: $(READY)
 	$(call step,types: mypy,$(BIN)/mypy)
 
-pytest: $(READY)
+pytest: $(READY) $(SWEEP_READY)
 	$(call step,tests and notebooks: pytest with nbval on $(JOBS) processes,$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --doctest-modules --nbval-lax hyperdp_lib tests notebooks)
 
 notebooks: $(READY)
 	$(call step,running the notebooks and refreshing their checked text,$(BIN)/python -m hyperdp_lib.notebook notebooks/*.ipynb)
 
+sweep: $(READY) $(SWEEP_READY)
+	@$(HYPERDP_SNAKEMAKE) $(ARGS) --profile workflow/profiles/laptop --config python=$(BIN)/python
+
 results-table: $(READY)
 	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.report README.md)
 
 clean:
-	rm -rf $(VENV) _build .mypy_cache .ruff_cache .pytest_cache .hypothesis hyperdp.egg-info
+	rm -rf $(VENV) $(SWEEP_VENV) .snakemake _build .mypy_cache .ruff_cache .pytest_cache .hypothesis hyperdp.egg-info

@@ -36,6 +36,7 @@ The modules, in the order in which to read them:
 `baselines`         the rivals and the controls
 `theory`            the synthetic linear setting: risks, bounds, simulations
 `comparison`        the grid methods x epsilon x seeds
+`sweep`             the cells of a whole sweep, run by `workflow/Snakefile`
 `tuning`            settings of the comparison, found on public stand-ins
 `forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
@@ -96,6 +97,7 @@ __all__ = [
     "release",
     "report",
     "strict_json",
+    "sweep",
     "theory",
     "training",
     "tuning",

@@ -27,6 +27,7 @@ MAY_HOLD_PRIVATE_DATA = {
     "reference_stats": "research metrics: sums up the features of a reference set",
     "private_scores": "scores by the mechanism, charged",
     "comparison": "hands private sets to `release`, `baselines` and `evaluation`",
+    "sweep": "counts private images, to name the cells of a comparison",
     "cli": "hands a user's private images to `release` and `comparison`",
     "auditing": "attacks mechanisms with neighbouring data sets that it makes up or takes from public digits",
 }
