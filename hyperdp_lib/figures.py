@@ -16,9 +16,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from . import records, report
+from . import records, report, winners
 from .data import to_uint8
 
 _PALETTE = sns.color_palette("colorblind")
@@ -267,6 +271,178 @@ def waterfall(
     panels[0][0].set_yticks(range(len(steps)), [text for _, _, text, _ in steps], fontsize="x-small")
     panels[0][0].invert_yaxis()
     return figure
+
+
+_PALE = 0.4  # of a colour's strength
+# names that fit into a cell of the map
+_SHORT = {
+    "dp_deepsets": "ours",
+    "dp_hybrid": "hybrid",
+    "dp_lora": "LoRA",
+    "dp_ldm": "LDM",
+    "dp_mepf": "MEPF",
+    "dp_layer_search": "layers",
+    "dp_embedding_sgd": "emb. SGD",
+    "direct_conditioning": "direct",
+    "adapter_mixture": "mixture",
+    "nearest_public": "nearest",
+}
+
+
+def winner_map(
+    scores: pd.DataFrame,
+    predicted: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    simulated: tuple[ArrayLike, ArrayLike] = ((), ()),
+    ours: str = "dp_deepsets",
+    show: Sequence[str] = ("frechet_distance", "accuracy"),
+) -> Figure:
+    """Who wins at which budget with how many private images, and beside it the crossover that theory predicts.
+
+    One map per score: a row for each number of private images, in blocks of one private data set, a column for each
+    budget on record. A cell names the method with the best mean, out of how many; it is hatched if seeds do not tell
+    another one from it, and pale if no rival is on record. The black line is where the best DP-SGD method overtakes
+    ours; an arrow says that it lies beyond the budgets on record.
+
+    Parameters
+    ----------
+    scores
+        From `records.load_records`.
+    predicted
+        Label to budgets and numbers of private examples n*, lines of the panel for the linear setting; infinite and
+        zero values are left out.
+    simulated
+        Budgets and n* at which a simulation found the two sides equal.
+    ours
+        The variant of DP-DeepSets that the line is about.
+    show
+        Scores, one map each.
+    """
+    contests = {score: winners.contests(scores, score) for score in show}
+    crossed = {score: winners.crossovers(scores, score, ours) for score in show}
+    everything = [cell for cells in contests.values() for cell in cells]
+    slots = sorted({cell.epsilon for cell in everything})
+    heights = {score: _row_heights(contests[score]) for score in show}
+    shares = [2.0 + max(heights[score].values(), default=1.0) for score in show]
+    tall = max(6.0, 1.4 + 0.36 * sum(shares))
+    figure = plt.figure(figsize=(11.6, tall))
+    grid = figure.add_gridspec(len(show), 2, width_ratios=[1.75, 1.0], height_ratios=shares)
+    for place, score in enumerate(show):
+        axes = figure.add_subplot(grid[place, 0])
+        _draw_contests(axes, contests[score], heights[score], slots)
+        _draw_crossovers(axes, crossed[score], heights[score], slots)
+        axes.set_title(f"best {report.SCORE_LABELS.get(score, score)}", fontsize="small")
+    _draw_predicted(figure.add_subplot(grid[:, 1] if tall < 9 else grid[0, 1]), predicted, simulated)
+    found = report.order({cell.winner for cell in everything})
+    handles: list[Artist] = [
+        Patch(facecolor=METHOD_COLOURS.get(one, "0.5"), label=f"{_short(one)}: {report.METHOD_LABELS.get(one, one)}")
+        for one in found
+    ]
+    handles.append(Patch(facecolor="0.6", edgecolor="white", hatch="///", label="seeds do not tell another from it"))
+    handles.append(Patch(facecolor="0.6", alpha=_PALE, label="pale: no rival on record there"))
+    handles.append(Line2D([], [], color="black", linewidth=2.5, label=f"DP-SGD overtakes {_short(ours)}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _row_heights(cells: Sequence[winners.Cell]) -> dict[tuple[str, int], float]:
+    """Height of each row: numbers of images upwards, a gap between private data sets for the name of the lower one."""
+    heights, height, previous = {}, 0.25, None
+    for row in sorted({(cell.pair, cell.num_private) for cell in cells}):
+        height += 1.0 if previous in (row[0], None) else 1.75
+        heights[row], previous = height, row[0]
+    return heights
+
+
+def _draw_contests(
+    axes: plt.Axes, cells: Sequence[winners.Cell], heights: Mapping[tuple[str, int], float], slots: Sequence[float]
+) -> None:
+    """Cells with their winners; what is not on record is an empty frame."""
+    for height in heights.values():
+        for column in range(len(slots)):
+            frame = (column - 0.48, height - 0.46)
+            axes.add_patch(Rectangle(frame, 0.96, 0.92, facecolor="none", edgecolor="0.9", linewidth=0.8))
+    for cell in cells:
+        x, y = slots.index(cell.epsilon), heights[cell.pair, cell.num_private]
+        colour = METHOD_COLOURS.get(cell.winner, (0.5, 0.5, 0.5))
+        if not cell.contested:
+            colour = tuple(1 - _PALE * (1 - part) for part in colour)
+        patch = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="white", linewidth=0)
+        patch.set(label=cell.winner, hatch="///" if cell.level else None)
+        axes.add_patch(patch)
+        light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.55
+        axes.text(
+            x, y, f"{_short(cell.winner)} (of {len(cell.contestants)})", ha="center", va="center", fontsize=7, zorder=7,
+            color="black" if light else "white", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
+    for pair in {pair for pair, _ in heights}:
+        top = max(height for (other, _), height in heights.items() if other == pair)
+        axes.text(-0.5, top + 0.5, winners.pair_name(pair), va="bottom", fontsize="x-small", fontstyle="italic")
+    axes.set_xlim(-0.55, max(len(slots), 1) - 0.45)
+    axes.set_ylim(0.4, max(heights.values(), default=1.0) + 1.1)
+    axes.set_xticks(range(len(slots)), [f"{epsilon:g}" for epsilon in slots])
+    axes.set_yticks(list(heights.values()), [f"{size:,}" for _, size in heights], fontsize="x-small")
+    axes.set(xlabel="privacy budget ε", ylabel="private images n")
+    axes.grid(visible=False)
+
+
+def _draw_crossovers(
+    axes: plt.Axes,
+    crossed: Sequence[winners.Crossover],
+    heights: Mapping[tuple[str, int], float],
+    slots: Sequence[float],
+) -> None:
+    """One line through the rows of each private data set."""
+    for pair in sorted({one.pair for one in crossed}):
+        x: list[float] = []
+        y: list[float] = []
+        for one in sorted((one for one in crossed if one.pair == pair), key=lambda one: one.num_private):
+            height = heights.get((pair, one.num_private))
+            if height is None:
+                continue
+            if math.isinf(one.epsilon) or one.epsilon == 0:
+                beyond = math.isinf(one.epsilon)
+                at = slots.index(one.budgets[-1]) + 0.5 if beyond else slots.index(one.budgets[0]) - 0.5
+                arrow = ">" if beyond else "<"
+                axes.plot(at, height, marker=arrow, color="black", markersize=8, clip_on=False, zorder=6)
+            else:
+                at = float(np.interp(math.log(one.epsilon), np.log(slots), range(len(slots))))
+            x += [at, at]
+            y += [height - 0.5, height + 0.5]
+        for colour, width in (("white", 4.5), ("black", 2.5)):
+            axes.plot(x, y, color=colour, linewidth=width, solid_capstyle="butt", clip_on=False, zorder=5)
+
+
+def _draw_predicted(
+    axes: plt.Axes, predicted: Mapping[str, tuple[ArrayLike, ArrayLike]], simulated: tuple[ArrayLike, ArrayLike]
+) -> None:
+    """Lines of n* over epsilon, with what lies on either side."""
+    colours = sns.color_palette("viridis", max(len(predicted), 1))
+    for (label, (epsilons, sizes)), colour in zip(predicted.items(), colours, strict=False):
+        line = np.array(sizes, float)
+        line[~np.isfinite(line) | (line <= 0)] = np.nan
+        axes.plot(np.asarray(epsilons, float), line, color=colour, label=label)
+    if np.size(simulated[0]):
+        axes.plot(*simulated, "o", color="black", markersize=5, label="equal risks in a simulation", zorder=4)
+    axes.set(xscale="log", yscale="log", xlabel="privacy budget ε", ylabel="private examples n")
+    axes.xaxis.set_major_locator(LogLocator(base=2.0))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.set_title("theory: n* in the linear setting", fontsize="small")
+    sides = "above its line DP gradient\ndescent is ahead,\nbelow it one noisy sum"
+    if predicted:
+        axes.legend(loc="lower left", fontsize="x-small", title=sides, title_fontsize="x-small")
+
+
+def _short(method: str) -> str:
+    """`ours`, `ours nested`, `LoRA`: a name that fits into a cell."""
+    if winners.is_ours(method) and method not in _SHORT:
+        return f"ours {method.removeprefix('dp_deepsets_').replace('_refined', '+r')}"
+    return _SHORT.get(method, method)
+
 
 
 def _tick(epsilon: float) -> str:

@@ -328,14 +328,35 @@ def score_name(score: str) -> str:
 
 def _verdict(mine: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
     """One of `_VERDICTS`; both sides have the score."""
-    ours_known, others_known = _known(mine, score), _known(theirs, score)
-    if min(len(ours_known), len(others_known)) < 2:
+    sign = -1 if score == "frechet_distance" else 1
+    judged = contrast((sign, _known(mine, score)), (-sign, _known(theirs, score)))
+    if judged is None:
         return "too few seeds to tell"
-    gap = float(ours_known.mean() - others_known.mean()) * (-1 if score == "frechet_distance" else 1)
-    error = math.sqrt(sum(float(known.var()) / len(known) for known in (ours_known, others_known)))
-    if abs(gap) <= 2 * error:
+    if judged == 0:
         return "no difference beyond the spread over seeds"
-    return "better" if gap > 0 else "worse"
+    return "better" if judged > 0 else "worse"
+
+
+def contrast(*terms: tuple[float, pd.Series]) -> int | None:
+    """Sign of a weighted sum of means: 1 or -1 if it is more than two of its standard errors from 0, else 0.
+
+    Parameters
+    ----------
+    *terms
+        Weight, and the values over seeds; `None` is returned if one of them has fewer than two.
+
+    Examples
+    --------
+    >>> contrast((1, pd.Series([3.0, 3.2])), (-1, pd.Series([1.0, 1.1])))
+    1
+    >>> contrast((1, pd.Series([3.0, 3.2])), (-2, pd.Series([1.5, 1.7])))
+    0
+    """
+    if min(len(values) for _, values in terms) < 2:
+        return None
+    total = sum(weight * float(values.mean()) for weight, values in terms)
+    error = math.sqrt(sum(weight**2 * float(values.var()) / len(values) for weight, values in terms))
+    return 0 if abs(total) <= 2 * error else int(math.copysign(1, total))
 
 
 def numbers(column: pd.Series) -> str:
