@@ -41,6 +41,9 @@ The modules, in the order in which to read them:
 `forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
 `report`            records -> tables and sentences
+`winners`           who wins at each budget and number of images, and where DP-SGD overtakes
+`evidence`          records -> checks of a claim, place by place
+`claims`            what was claimed, and whether the records bear it out
 `data_cards`        data sets and their checks -> tables of the book
 `comparison_tables` the tables of the chapter on rivals
 `figures`           records and images -> figures
@@ -67,6 +70,7 @@ __all__ = [
     "baselines",
     "cells",
     "certificate",
+    "claims",
     "comparison",
     "comparison_tables",
     "data",
@@ -77,6 +81,7 @@ __all__ = [
     "duplicates",
     "embedding",
     "evaluation",
+    "evidence",
     "figures",
     "forecast",
     "glyphs",
@@ -102,6 +107,7 @@ __all__ = [
     "training",
     "tuning",
     "verification",
+    "winners",
 ]
 
 
