@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -115,7 +116,8 @@ def compare(
         device=device,
     )
     shared = setting()
-    once = grid(methods, epsilons, exact=exact, labelled=shared.bench.private_train.labels is not None)
+    labelled = shared.bench.private_train.labels is not None
+    once = grid(methods, epsilons, exact=exact, labelled=labelled, weights=weights_name(hypernetwork))
     cells = [(method, epsilon, seed) for seed in seeds for method, epsilon in once]
     paths = [shared.path(out, *cell) for cell in cells]
     for path in paths:
@@ -144,7 +146,12 @@ def compare(
 
 
 def grid(
-    methods: Iterable[str], epsilons: Iterable[float], *, exact: bool = False, labelled: bool = True
+    methods: Iterable[str],
+    epsilons: Iterable[float],
+    *,
+    exact: bool = False,
+    labelled: bool = True,
+    weights: str = "glyphs",
 ) -> list[tuple[str, float]]:
     """Methods and budgets that a comparison runs for each seed, in its order.
 
@@ -158,6 +165,10 @@ def grid(
         By default a method gets all finite budgets, if it is private, and those in `Method.also` (no noise, or 0 for
         the control that reads nothing private), asked for or not. Exactly: only those of them that are in ``epsilons``,
         where 0 is allowed, too.
+    labelled : bool
+        Whether the private images have labels.
+    weights : str
+        Name of the hypernetwork: ``"all"`` are the methods whose public models are there for it.
 
     Examples
     --------
@@ -167,7 +178,7 @@ def grid(
     [('dp_deepsets', 1.0)]
     """
     methods = tuple(methods)
-    chosen = _method_names(methods)
+    chosen = _method_names(methods, weights)
     budgets = tuple(dict.fromkeys(float(epsilon) for epsilon in epsilons))
     if not all(epsilon > 0 or (exact and epsilon == 0) for epsilon in budgets):
         raise InputError(f"every epsilon must be positive, or inf for no noise, got {budgets}.")
@@ -217,6 +228,8 @@ class _Grid:
         started = datetime.now(UTC)
         private = self.bench.private_train
         own = dataclasses.replace(self.bench, private_train=subset(private, self.num_private, seed))
+        # noise alone, epsilon = 0, is given the coordinates of epsilon = 1, whose noise it gets
+        own = own.fitted(epsilon or 1.0)
         outcome = METHODS[method].run(own, epsilon, seed)
         scores = own.score(outcome)
         if outcome.images is not None and sheet:
@@ -260,11 +273,12 @@ def _set_up(
     device: str,
 ) -> _Grid:
     base_model, network, features, found = load_models(hypernetwork, feature_network, device)
+    weights = weights_name(hypernetwork)
     side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
     train, test, name = private_sets(private, side, channels)
     if pair is None:
-        variant = "" if lookalikes else "-no-lookalikes"
-        pair = f"glyphs-{name}{variant}" if hypernetwork == "glyphs" else name
+        variant = "-no-lookalikes" if weights == "glyphs" and not lookalikes else ""  # only glyphs have a list of them
+        pair = f"{weights}-{name}{variant}" if hypernetwork == weights else name
     size = len(train) if num_private is None else num_private
     needed = 2 * features.dimension  # for a Fréchet distance; better said now than after the first training
     if len(train) < needed or (settings or found).num_images < needed:
@@ -274,13 +288,17 @@ def _set_up(
         )
     if not 1 <= size <= len(train):
         raise InputError(f"num_private must lie in 1 .. {len(train)}, got {size}.")
-    bank = bank_source(tasks, network, settings or found, lookalikes)
+    bank = bank_source(tasks, settings or found, weights, lookalikes)
+
+    def examples() -> Tensor:
+        return public_images(bank(network.encoder))
+
     bench = Bench(
         base_model=base_model,
         hypernetwork=network,
         feature_network=features,
         bank=bank,
-        public_models=public_models or public_models_source(base_model, network, lambda: public_images(bank()), device),
+        public_models=public_models or public_models_source(base_model, network, examples, device, weights),
         private_train=train,
         private_test=test,
         private_reference=train,
@@ -326,10 +344,10 @@ def subset(private: ImageSet, size: int, seed: int) -> ImageSet:
     return _take(private, _even_order(private, seed)[:size])
 
 
-def _method_names(methods: Iterable[str]) -> tuple[str, ...]:
+def _method_names(methods: Iterable[str], weights: str = "glyphs") -> tuple[str, ...]:
     names = tuple(methods)
     if "all" in names:
-        return tuple(name for name, method in METHODS.items() if method.available)
+        return tuple(name for name, method in METHODS.items() if method.available(weights))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown)!r}: choose all, or from {', '.join(METHODS)}.")
@@ -396,26 +414,40 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
 
 
 def bank_source(
-    tasks: Any, network: Any, settings: Settings, lookalikes: bool = False
-) -> Callable[[], controls.PublicBank]:
-    """Makes the bank at its first call; by default from the glyph tasks that train the hypernetwork."""
+    tasks: Any, settings: Settings, name: str = "glyphs", lookalikes: bool = False
+) -> Callable[[Any], controls.PublicBank]:
+    """Makes the bank of an encoder at its first call; by default from the tasks that train the weights ``name``."""
+    made: dict[int, controls.PublicBank] = {}
 
-    @functools.cache
-    def bank() -> controls.PublicBank:
-        source = tasks
-        if source is None:
-            from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
+    def bank(encoder: Any) -> controls.PublicBank:
+        size = encoder.config.dimension  # encoders of one comparison differ in this, if at all
+        if size not in made:
+            source = tasks
+            if source is None:
+                from hyperdp_lib.training import PRESETS
 
-            source = GlyphTasks(GlyphConfig(lookalikes=lookalikes))
-        return controls.PublicBank.build(
-            source,
-            network.encoder,
-            num_tasks=settings.bank_tasks,
-            images_per_task=settings.bank_images,
-            progress=True,
-        )
+                config: Any = PRESETS[name].public_data if name in PRESETS else PRESETS["glyphs"].public_data
+                source = (dataclasses.replace(config, lookalikes=True) if lookalikes else config).tasks()
+            made[size] = controls.PublicBank.build(
+                source,
+                encoder,
+                num_tasks=settings.bank_tasks,
+                images_per_task=settings.bank_images,
+                progress=True,
+            )
+        return made[size]
 
     return bank
+
+
+def weights_name(hypernetwork: Any) -> str:
+    """Under which name public training made these weights, or those that they build on."""
+    from hyperdp_lib.hypernetwork import resolve
+
+    if isinstance(hypernetwork, tuple):
+        return "glyphs"
+    manifest = json.loads((resolve(hypernetwork) / "manifest.json").read_text(encoding="utf-8"))
+    return str(manifest.get("builds_on", manifest.get("name", "custom")))
 
 
 def public_images(bank: controls.PublicBank, count: int = 1000) -> Tensor:

@@ -77,6 +77,7 @@ def _cells_of_pair(config: Mapping[str, Any]) -> list[Cell]:
         [*epsilons, 0.0],  # the budget of the control that reads no private image: it belongs to every sweep
         exact=True,
         labelled=train.labels is not None,
+        weights=comparison.weights_name(hypernetwork),
     )
     sizes = {len(train) if size == "all" else size for size in _axis(config, "sizes", _size)}
     shared = ("--private", private, "--hypernetwork", hypernetwork, "--pair", name, "--exact")

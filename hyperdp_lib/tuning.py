@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from hyperdp_lib import comparison, records
@@ -246,8 +247,13 @@ def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
     """Models and settings that ship; its image sets are empty, for `rehearse` to fill with public stand-ins."""
     base_model, network, features, settings = comparison.load_models(hypernetwork, None, device)
     nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
-    bank = comparison.bank_source(None, network, settings)
-    models = public_models_source(base_model, network, lambda: comparison.public_images(bank()), device)
+    name = comparison.weights_name(hypernetwork)
+    bank = comparison.bank_source(None, settings, name)
+
+    def examples() -> Tensor:
+        return comparison.public_images(bank(network.encoder))
+
+    models = public_models_source(base_model, network, examples, device, name)
     return Bench(base_model, network, features, bank, models, nothing, nothing, nothing, settings, device=device)
 
 

@@ -90,6 +90,7 @@ def public_models(models):
         "direct_conditioning": (network, ConditionedDenoiser(base, 16).eval()),
         "adapter_mixture": (network, AdapterMixture(base, 16, MixtureShape(num_adapters=2)).eval()),
         "dp_deepsets_nested": (nested_network(base, network),),
+        "dp_deepsets_cells": (nested_network(base, network),),
     }
     shipped = methods.public_models_source(base, network, lambda: torch.zeros(2, 1, 16, 16))
     return lambda method: made[method] if method in made else shipped(method)
@@ -113,7 +114,7 @@ def run(models, private, out, **changes):
 def bench_of(models, private, **changes):
     base, network, features = models
     return Bench(
-        base, network, features, comparison.bank_source(Tasks(), network, SETTINGS), public_models(models), *private,
+        base, network, features, comparison.bank_source(Tasks(), SETTINGS), public_models(models), *private,
         private[0],
         **{"settings": SETTINGS, **changes},
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 from hyperdp_lib import accounting, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import EncoderConfig
 
 K = 16
 
@@ -19,6 +20,7 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.config = EncoderConfig(dimension=K)
         self.projection = nn.Parameter(
             torch.randn(256, K - 1, generator=torch.Generator().manual_seed(0)), requires_grad=False
         )
@@ -136,13 +138,16 @@ def test_nearest_mean_accuracy():
 def test_public_only_sees_noise_and_the_declared_count():
     seen = []
 
-    def hypernetwork(noisy_sum, noise_std):
-        seen.append((noisy_sum, noise_std))
-        return "adapter"
+    class HyperNetwork:
+        encoder = Encoder()
+
+        def __call__(self, noisy_sum, noise_std):
+            seen.append((noisy_sum, noise_std))
+            return "adapter"
 
     for seed in (0, 0, 1):
         made = controls.public_only(
-            hypernetwork,
+            HyperNetwork(),
             2.0,
             dimension=K,
             num_classes=500,

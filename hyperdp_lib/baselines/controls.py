@@ -138,10 +138,12 @@ def gaussian_sum(
     )
 
 
-def noisy_means(noisy_sum: np.ndarray | Tensor) -> Tensor:
+def noisy_means(
+    noisy_sum: np.ndarray | Tensor, count_coordinate: float = embedding.COUNT_COORDINATE
+) -> Tensor:
     """Noisy mean embedding of each row ``(T, k)``; the count is read from coordinate 0, at least 1."""
     sums = torch.as_tensor(noisy_sum, dtype=torch.float32)
-    counts = (sums[:, :1] / embedding.COUNT_COORDINATE).clamp(min=1.0)
+    counts = (sums[:, :1] / count_coordinate).clamp(min=1.0)
     return sums / counts
 
 
@@ -161,7 +163,7 @@ def public_only(
     it the hypernetwork would divide noise by almost nothing, and the control would be a straw man.
     """
     noisy_sum = noise_std * torch.randn(num_classes, dimension, generator=generator)
-    noisy_sum[:, 0] += embedding.COUNT_COORDINATE * declared_per_class
+    noisy_sum[:, 0] += hypernetwork.encoder.config.count_coordinate * declared_per_class
     with torch.no_grad():
         return hypernetwork(noisy_sum.to(device), noise_std)
 
@@ -173,6 +175,7 @@ def nearest_public(
     num_nearest: int,
     num_images: int,
     generator: torch.Generator,
+    count_coordinate: float = embedding.COUNT_COORDINATE,
 ) -> tuple[Tensor, Tensor]:
     """Show the public data sets whose mean embeddings are nearest to each class's noisy mean.
 
@@ -184,13 +187,15 @@ def nearest_public(
         Public data sets m to retrieve for each class; they share the class's images equally.
     num_images : int
         In all, a multiple of T.
+    count_coordinate : float
+        The encoder's.
 
     Returns
     -------
     images, labels : Tensor
         ``(num_images, C, H, W)`` in [-1, 1] and ``(num_images,)``, sorted by class.
     """
-    means = noisy_means(noisy_sum)
+    means = noisy_means(noisy_sum, count_coordinate)
     classes = len(means)
     if num_images % classes:
         raise InputError(f"num_images must be a multiple of the {classes} classes, got {num_images}.")
@@ -211,7 +216,7 @@ def nearest_mean_accuracy(
     noisy_sum: np.ndarray | Tensor, encoder: Any, private_test_images: Tensor, private_test_labels: Tensor
 ) -> float:
     """Accuracy in [0, 1] of classifying by the nearest noisy class mean.  A research metric, not DP."""
-    means = noisy_means(noisy_sum)
+    means = noisy_means(noisy_sum, encoder.config.count_coordinate)
     embeddings = embedding.embed(encoder, private_test_images, batch_size=1000).detach().cpu()
     predicted = torch.cdist(embeddings[:, 1:], means[:, 1:]).argmin(1)
     return float((predicted == private_test_labels.cpu()).double().mean())

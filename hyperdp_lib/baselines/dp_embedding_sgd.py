@@ -30,7 +30,6 @@ from hyperdp_lib.baselines.dp_sgd import LossFunction, PrivacyPlan
 from hyperdp_lib.baselines.dp_training import TrainConfig
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import COUNT_COORDINATE
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class EmbeddingSGDConfig(TrainConfig):
     told_noise : float
         Standard deviation of the noise it is told to expect on each coordinate of the mean.
     radius : float
-        Largest L2 norm of the vector. Means of embeddings have at most ``sqrt(1 - COUNT_COORDINATE**2)``.
+        Largest L2 norm of the vector. Means of embeddings have at most ``sqrt(1 - count_coordinate**2)``.
     """
 
     learning_rate: float = 0.05
@@ -255,7 +254,8 @@ class Decoder:
     def adapters(self, vectors: Tensor, names: tuple[str, ...] | None = None) -> Adapter:
         """An adapter for each vector ``(T, k - 1)``, as if it were the mean of a noisy sum."""
         count, noise = self.config.told_count, self.config.told_noise
-        means = torch.cat([vectors.new_full((len(vectors), 1), COUNT_COORDINATE), vectors], 1)
+        constant = self.hypernetwork.encoder.config.count_coordinate
+        means = torch.cat([vectors.new_full((len(vectors), 1), constant), vectors], 1)
         return self.hypernetwork(count * means, count * noise, names)
 
     def losses(

@@ -41,9 +41,10 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
-from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib.cells import CELLS_FILE, CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.hypernetwork import WEIGHTS, load_pretrained
+from hyperdp_lib.hypernetwork import WEIGHTS, HyperNetwork, load_pretrained
+from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.refinement import RefinementConfig
 
 
@@ -145,7 +146,7 @@ class Bench:
     private_reference : ImageSet
         The set whose distribution the samples should have: all of which ``private_train`` is a part.
     bank : callable
-        Makes the public data sets for retrieval when they are first asked for, then returns the same.
+        From an encoder to the public data sets for retrieval; made when first asked for, then the same.
     public_models : callable
         From a rival's name to the public models it takes after the private images, loaded when first asked for.
     """
@@ -153,7 +154,7 @@ class Bench:
     base_model: nn.Module
     hypernetwork: Any
     feature_network: evaluation.FeatureNetwork
-    bank: Callable[[], controls.PublicBank]
+    bank: Callable[[Any], controls.PublicBank]
     public_models: Callable[[str], tuple[Any, ...]]
     private_train: ImageSet
     private_test: ImageSet
@@ -173,6 +174,10 @@ class Bench:
     def num_images(self) -> int:
         """Images to sample: the same number for each class."""
         return self.settings.num_images - self.settings.num_images % len(self.class_names)
+
+    def fitted(self, epsilon: float) -> Bench:
+        """The bench with as many coordinates as the declared size and the noise support, if there is a choice."""
+        return dataclasses.replace(self, hypernetwork=self.hypernetwork.fitting(*_declared(self, epsilon)))
 
     def noisy_sum(self, epsilon: float, seed: int, encoder: Any = None) -> tuple[np.ndarray, float]:
         """The noisy sum of this budget and seed; asked again, the same. Default: of the hypernetwork's encoder."""
@@ -246,21 +251,24 @@ def dp_deepsets_nested_refined(bench: Bench, epsilon: float, seed: int) -> Outco
 
 def dp_deepsets_cells(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Nested coordinates, and as many cells as the declared size and the noise support."""
-    (network,) = bench.public_models("dp_deepsets_nested")
-    return _ours(bench, epsilon, seed, CellHyperNetwork.fitting(network, *_declared(bench, epsilon)))
+    return _ours(bench, epsilon, seed, _with_cells(bench, epsilon))
 
 
 def dp_deepsets_cells_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Cells, each decoded in a closed loop."""
-    (network,) = bench.public_models("dp_deepsets_nested")
     config = bench.settings.config("dp_deepsets_nested_refined", epsilon)
-    return _ours(bench, epsilon, seed, CellHyperNetwork.fitting(network, *_declared(bench, epsilon)), config)
+    return _ours(bench, epsilon, seed, _with_cells(bench, epsilon), config)
 
 
 def _fitting(bench: Bench, epsilon: float) -> Any:
     """The nested hypernetwork for the declared size of a class and the noise of this budget."""
     (network,) = bench.public_models("dp_deepsets_nested")
     return network.fitting(*_declared(bench, epsilon))
+
+
+def _with_cells(bench: Bench, epsilon: float) -> CellHyperNetwork:
+    (network,) = bench.public_models("dp_deepsets_cells")
+    return CellHyperNetwork.fitting(network, *_declared(bench, epsilon))
 
 
 def _declared(bench: Bench, epsilon: float) -> tuple[float, float]:
@@ -320,9 +328,15 @@ def nearest_public(bench: Bench, epsilon: float, seed: int) -> Outcome:
     started = time.perf_counter()
     noisy_sum, _ = bench.noisy_sum(epsilon, seed)
     seconds = {"release": time.perf_counter() - started}
-    nearest, bank = bench.settings.num_nearest, bench.bank()  # public work, not timed
+    encoder = bench.hypernetwork.encoder
+    nearest, bank = bench.settings.num_nearest, bench.bank(encoder)  # public work, not timed
     images, labels = controls.nearest_public(
-        noisy_sum, bank, num_nearest=nearest, num_images=bench.num_images, generator=generator_for(seed)
+        noisy_sum,
+        bank,
+        num_nearest=nearest,
+        num_images=bench.num_images,
+        generator=generator_for(seed),
+        count_coordinate=encoder.config.count_coordinate,
     )
     chosen = {"num_nearest": nearest, "bank_tasks": len(bank)}
     return Outcome(images, labels, seconds, 0, noisy_sum.size, 1, chosen)
@@ -346,6 +360,8 @@ def rival(method: str, train: Callable[..., tuple[Any, Any]]) -> Callable[[Bench
     def run(bench: Bench, epsilon: float, seed: int) -> Outcome:
         config = bench.settings.config(method, epsilon)
         models = bench.public_models(method)  # public work, not timed
+        # the hypernetwork among them, if any, with as many coordinates as ours has
+        models = tuple(bench.hypernetwork if isinstance(model, HyperNetwork) else model for model in models)
         started = time.perf_counter()
         trained, certificate = train(
             bench.private_train.images,
@@ -400,8 +416,10 @@ def real(bench: Bench, epsilon: float, seed: int) -> Outcome:
 class Method:
     """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for.
 
-    ``default`` is its configuration before any tuning, None if it has none. ``weights`` names the folder of public
-    models that it needs besides the hypernetwork and its base model. ``needs_labels``: it cannot do without.
+    ``default`` is its configuration before any tuning, None if it has none. ``weights`` is what stands behind the
+    hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``.
+    ``with_cells``: or else the hypernetwork itself has nested coordinates and cells. ``needs_labels``: it cannot do
+    without.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -409,12 +427,14 @@ class Method:
     also: tuple[float, ...] = ()
     default: Any = None
     weights: str | None = None
+    with_cells: bool = False
     needs_labels: bool = False
 
-    @property
-    def available(self) -> bool:
+    def available(self, hypernetwork: str = "glyphs") -> bool:
         """Whether its public models are there; they are made by ``python -m hyperdp_lib.baselines.<module>``."""
-        return self.weights is None or (WEIGHTS / self.weights / "manifest.json").is_file()
+        if self.weights == "nested" and self.with_cells and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
+            return True
+        return self.weights is None or (WEIGHTS / f"{hypernetwork}-{self.weights}" / "manifest.json").is_file()
 
 
 _LORA_NON_PRIVATE = DPLoraConfig(
@@ -423,15 +443,17 @@ _LORA_NON_PRIVATE = DPLoraConfig(
 METHODS: Mapping[str, Method] = {
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
     "dp_deepsets_refined": Method(dp_deepsets_refined, also=(math.inf,), default=RefinementConfig()),
-    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="glyphs-nested"),
+    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested"),
     "dp_deepsets_nested_refined": Method(
-        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="glyphs-nested"
+        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested"
     ),
-    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="glyphs-nested"),
-    "dp_deepsets_cells_refined": Method(dp_deepsets_cells_refined, also=(math.inf,), weights="glyphs-nested"),
+    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested", with_cells=True),
+    "dp_deepsets_cells_refined": Method(
+        dp_deepsets_cells_refined, also=(math.inf,), weights="nested", with_cells=True
+    ),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
     "dp_ldm": Method(
-        rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="glyphs-latent"
+        rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="latent"
     ),
     "dp_mepf": Method(rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig()),
     "dp_layer_search": Method(
@@ -447,13 +469,13 @@ METHODS: Mapping[str, Method] = {
         rival("direct_conditioning", direct_conditioning.release_direct_conditioning),
         also=(math.inf,),
         default=DirectConditioningConfig(),
-        weights="glyphs-conditioned",
+        weights="conditioned",
     ),
     "adapter_mixture": Method(
         rival("adapter_mixture", adapter_mixture.release_adapter_mixture),
         also=(math.inf,),
         default=AdapterMixtureConfig(),
-        weights="glyphs-mixture",
+        weights="mixture",
     ),
     "nearest_public": Method(nearest_public, also=(math.inf,)),
     "noisy_class_means": Method(noisy_class_means, also=(math.inf,), needs_labels=True),
@@ -466,9 +488,16 @@ METHODS: Mapping[str, Method] = {
 
 
 def public_models_source(
-    base_model: nn.Module, hypernetwork: Any, public_images: Callable[[], Tensor], device: str = "cpu"
+    base_model: nn.Module,
+    hypernetwork: Any,
+    public_images: Callable[[], Tensor],
+    device: str = "cpu",
+    name: str = "glyphs",
 ) -> Callable[[str], tuple[Any, ...]]:
-    """The public models of every rival, each loaded once: those that ship, on the given base and hypernetwork."""
+    """The public models of every rival, each loaded once: those that ship, on the given base and hypernetwork.
+
+    ``name`` is that hypernetwork's; the folders of the others begin with it.
+    """
 
     @functools.cache
     def models(method: str) -> tuple[Any, ...]:
@@ -477,15 +506,21 @@ def public_models_source(
         if method in ("dp_embedding_sgd", "dp_hybrid"):
             return base_model, hypernetwork
         if method == "dp_ldm":
-            return latent_diffusion.load_latent_models(device=device)
+            return latent_diffusion.load_latent_models(f"{name}-latent", device=device)
         if method == "dp_mepf":
-            return (dp_mepf.PerceptualFeatures(hypernetwork.encoder, public_images=public_images()).to(device),)
+            # a nested encoder holds a plain one: perceptual features are activations of convolutions
+            extractor = getattr(hypernetwork.encoder, "encoder", hypernetwork.encoder)
+            return (dp_mepf.PerceptualFeatures(extractor, public_images=public_images()).to(device),)
         if method == "direct_conditioning":
-            return hypernetwork, direct_conditioning.load_direct_conditioning(device=device)
+            return hypernetwork, direct_conditioning.load_direct_conditioning(f"{name}-conditioned", device)
         if method == "adapter_mixture":
-            return hypernetwork, adapter_mixture.load_adapter_mixture(base_model=base_model, device=device)
+            return hypernetwork, adapter_mixture.load_adapter_mixture(f"{name}-mixture", base_model, device)
+        if method == "dp_deepsets_cells" and isinstance(hypernetwork, NestedHyperNetwork):
+            return (hypernetwork,)
+        if method == "dp_deepsets_cells":
+            return models("dp_deepsets_nested")
         if method == "dp_deepsets_nested":
-            return (load_pretrained("glyphs-nested", device)[1],)
+            return (load_pretrained(f"{name}-nested", device)[1],)
         raise InputError(f"{method!r} has no public models.")
 
     return models
