@@ -278,22 +278,23 @@ class HeldOut:
         return float(adapted_loss(base_model, adapter, self.queries.to(device), torch.Generator().manual_seed(1)))
 
 
-def train(out: Path, *, smoke: bool = False) -> Path:
+def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
     """All of the public training, from the shipped weights ``glyphs``; resumes; writes the weights to ``out``.
 
-    ``smoke``: a few tiny steps, to see that everything runs.
+    ``smoke``: a few tiny steps, to see that everything runs. ``seed``: of all the training; the shipped weights' is 0.
     """
     from hyperdp_lib.baselines.decoders import smoke_preset
 
     preset = smoke_preset() if smoke else PRESETS["glyphs"]
     stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
+    turn = 10_000 * seed  # apart from the seeds of every other stage
     preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     base_model, plain = load_pretrained("glyphs")
     source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
-    features = train_features(preset, source, checkpoints, "cpu", redraw=REDRAW, name="codes")
-    typical = source.sample_tasks(100 if smoke else 2000, 12, torch.Generator().manual_seed(11))
+    features = train_features(preset, source, checkpoints, "cpu", redraw=REDRAW, name="codes", turn=turn)
+    typical = source.sample_tasks(100 if smoke else 2000, 12, torch.Generator().manual_seed(11 + turn))
     encoder = NestedEncoder(plain.encoder, features, *directions(plain.encoder, features, typical))
     network = NestedHyperNetwork(encoder, base_model, plain.config)
     _warm_start(network, plain, typical)
@@ -301,8 +302,8 @@ def train(out: Path, *, smoke: bool = False) -> Path:
     learned = nn.ModuleList([network.trunk_in, network.blocks, network.trunk_out, network.head_a, network.head_b])
     loop = Loop("hypernetwork", [(learned, 1.0)], stage, checkpoints)
     if not loop.done:
-        pool = TaskPool(preset, network.codes, source, 8000 + loop.step, "cpu")
-        g = torch.Generator().manual_seed(8500 + loop.step)
+        pool = TaskPool(preset, network.codes, source, 8000 + turn + loop.step, "cpu")
+        g = torch.Generator().manual_seed(8500 + turn + loop.step)
 
         def loss(step: int) -> tuple[Tensor, dict]:
             pool.refresh()
@@ -319,7 +320,7 @@ def train(out: Path, *, smoke: bool = False) -> Path:
     loop.modules.load_state_dict(loop.average)
     network.eval().requires_grad_(False)
     tabulate(network, base_model, preset, held_out_tasks, NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
-    _write(out, network, loop, source)
+    _write(out, network, loop, source, seed)
     return out
 
 
@@ -349,13 +350,13 @@ def manifest(network: NestedHyperNetwork) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any) -> None:
+def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, seed: int) -> None:
     for name, state in (("encoder", network.encoder.state_dict()), ("hypernetwork", network.decoder_state())):
         write_half(out / f"{name}.safetensors", state)
     told = {
         "name": "glyphs-nested",
         "builds_on": "glyphs",
-        "command": "python -m hyperdp_lib.nested --out FOLDER",
+        "command": "python -m hyperdp_lib.nested --out FOLDER" + (f" --seed {seed}" if seed else ""),
         "public_data": source.describe(),
         "stages": {"features": asdict(PRESETS["glyphs"].codes_stage), "hypernetwork": asdict(loop.config)},
         "steps": loop.step,
@@ -389,8 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.nested", description="Train nested coordinates.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="of all the training; default: 0")
     options = parser.parse_args(arguments)
-    print(train(options.out, smoke=options.smoke))
+    print(train(options.out, smoke=options.smoke, seed=options.seed))
     return 0
 
 

@@ -240,14 +240,15 @@ class Loop:
 
 
 def train_features(
-    preset: Preset, source: GlyphTasks, out: Path, device: str, *, redraw: float = 0.0, name: str = "features"
+    preset: Preset, source: GlyphTasks, out: Path, device: str, *, redraw: float = 0.0, name: str = "features", turn: int = 0
 ) -> FeatureNetwork:
     """Stage 1: a classifier of public characters in random styles; its 64 features are what scores are computed in.
 
     With ``redraw``, features from which each image can be drawn again, too: the ``codes`` of `hyperdp_lib.nested`.
+    ``turn`` moves the seeds.
     """
     codes = name == "codes"
-    torch.manual_seed(77 if codes else preset.seed)
+    torch.manual_seed(turn + (77 if codes else preset.seed))
     config = preset.codes_stage if codes else preset.features_stage
     shape = (preset.encoder.channels, preset.encoder.image_size)
     network = FeatureNetwork(*shape, name="codes" if codes else preset.feature_network).to(device)
@@ -260,7 +261,7 @@ def train_features(
         parts.append((picture, 1.0))
     loop = Loop(name, parts, config, out)
     if not loop.done:
-        seed = 7700 if codes else preset.seed + 1000
+        seed = turn + (7700 if codes else preset.seed + 1000)
         batches = stream(source, config.tasks, config.images, seed + loop.step, classes)
 
         def loss(step: int) -> tuple[Tensor, dict]:
