@@ -240,7 +240,14 @@ class Loop:
 
 
 def train_features(
-    preset: Preset, source: GlyphTasks, out: Path, device: str, *, redraw: float = 0.0, name: str = "features", turn: int = 0
+    preset: Preset,
+    source: GlyphTasks,
+    out: Path,
+    device: str,
+    *,
+    redraw: float = 0.0,
+    name: str = "features",
+    turn: int = 0,
 ) -> FeatureNetwork:
     """Stage 1: a classifier of public characters in random styles; its 64 features are what scores are computed in.
 
