@@ -38,6 +38,7 @@ The modules, in the order in which to read them:
 `comparison`        the grid methods x epsilon x seeds
 `sweep`             the cells of a whole sweep, run by `workflow/Snakefile`
 `tuning`            settings of the comparison, found on public stand-ins
+`ablations`         what each choice of the public training buys
 `forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
 `report`            records -> tables and sentences
@@ -63,6 +64,7 @@ import importlib
 from typing import Any
 
 __all__ = [
+    "ablations",
     "accounting",
     "adapter",
     "artefacts",

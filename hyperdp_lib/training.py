@@ -68,7 +68,8 @@ class Preset:
     feature_classes: int = 2048
     pool_tasks: int = 2048  # tasks in play at a time during `joint`
     pool_images: int = 80  # images of each; also the largest support set
-    fresh_tasks: int = 12  # of which so many are replaced by new ones at every step
+    fresh_tasks: int = 12  # of which so many are replaced by new ones at every step; 0: a fixed bank
+    encoder_noise: tuple[float, float] = (1e-3, 0.35)  # std on the encoder's prototypes, log-uniform
     set_size: tuple[int, int] = (8, 8192)  # the set sizes the hypernetwork is trained for, log-uniform
     mean_noise: tuple[float, float] = (5e-4, 0.5)  # and the noise std on the mean, log-uniform
     adapter_off: float = 0.1  # share of tasks with no adapter, so that the base stays a model of its own
@@ -312,7 +313,7 @@ def train_encoder(preset: Preset, source: GlyphTasks, out: Path, device: str) ->
         def loss(step: int) -> tuple[Tensor, dict]:
             images = from_levels(next(batches).to(device))
             codes = encoder(images.flatten(0, 1))[:, 1:].unflatten(0, images.shape[:2])
-            noise = log_uniform(1e-3, 0.35, len(images), g).to(device)[:, None]
+            noise = log_uniform(*preset.encoder_noise, len(images), g).to(device)[:, None]
             mean = codes[:, queries:].mean(1)
             mean = mean + noise * torch.randn(mean.shape, generator=g).to(device)
             shrink = 1 / (1 + noise.square() * torch.exp(-scale["log_spread"]))
@@ -365,8 +366,9 @@ class TaskPool:
     def __init__(
         self, preset: Preset, embed: Callable[[Tensor], Tensor], source: GlyphTasks, seed: int, device: str
     ) -> None:
-        self.batches = stream(source, preset.fresh_tasks, preset.pool_images, seed)
-        self.embed, self.device, self.fresh = embed, device, preset.fresh_tasks
+        at_once = preset.fresh_tasks or 12
+        self.batches = stream(source, at_once, preset.pool_images, seed)
+        self.embed, self.device, self.fresh = embed, device, preset.fresh_tasks > 0
         channels, size = preset.encoder.channels, preset.encoder.image_size
         shape = (preset.pool_tasks, preset.pool_images)
         self.images = torch.empty(*shape, channels, size, size, dtype=torch.uint8)
@@ -374,11 +376,15 @@ class TaskPool:
             k = embed(torch.zeros(1, channels, size, size, device=device)).shape[1]
         self.codes = torch.empty(*shape, k)
         self.next = 0
-        for _ in tqdm(range(-(-preset.pool_tasks // self.fresh)), desc="filling the pool", disable=None):
-            self.refresh()
+        for _ in tqdm(range(-(-preset.pool_tasks // at_once)), desc="filling the pool", disable=None):
+            self._replace()
 
     def refresh(self) -> None:
-        """Replace the oldest tasks."""
+        """Replace the oldest tasks, if the bank is not a fixed one."""
+        if self.fresh:
+            self._replace()
+
+    def _replace(self) -> None:
         images = next(self.batches)
         rows = (self.next + torch.arange(len(images))) % len(self.images)
         self.next = int(rows[-1]) + 1

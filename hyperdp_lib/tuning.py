@@ -240,7 +240,7 @@ def rehearse(
         train, test = ImageSet(train.images), ImageSet(test.images)
     reference = train if per_class >= enough else test
     own = dataclasses.replace(bench, private_train=train, private_test=test, private_reference=reference)
-    return own.score(METHODS[method].run(own, epsilon, seed))
+    return own.score(METHODS[method].run(own.fitted(epsilon), epsilon, seed))
 
 
 def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:

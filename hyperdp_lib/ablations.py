@@ -1,0 +1,199 @@
+"""What does each choice of the public training buy, and what does it cost?
+
+Every variant is the training of the weights ``glyphs`` with one choice changed and all else equal, only shorter: the
+schedule of `REFERENCE`. The weights that result are scored as all others are, on the digits without look-alikes; no
+choice was made by these scores. Stages that a variant shares with the reference are not trained again, but counted.
+
+    python -m hyperdp_lib.ablations --out runs/ablations
+
+trains what is missing, a quarter of an hour of one core a variant, resumes where it was stopped, and writes a file for
+each variant to ``book/results/ablations``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperdp_lib import comparison, evaluation, records
+from hyperdp_lib.data import InputError
+from hyperdp_lib.hypernetwork import WEIGHTS
+from hyperdp_lib.training import PRESETS, STAGES, Preset, StageConfig, train
+
+RESULTS = Path(__file__).resolve().parents[1] / "book" / "results" / "ablations"
+REFERENCE = dataclasses.replace(
+    PRESETS["glyphs"],
+    encoder_stage=StageConfig(600, 64, 20, 1e-3),
+    base_stage=StageConfig(600, 64, 8, 2e-3),
+    joint_stage=StageConfig(800, 64, 8, 1.5e-3, 0.995),
+)
+NO_NOISE = (1e-6, 1e-6)
+ATTENTION = r"transformer_blocks\.\d+\.attn1\.(to_[qkv]|to_out\.0)"
+MODULATION = r"transformer_blocks\.\d+\.norm1\.linear"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice changed.
+
+    Attributes
+    ----------
+    group, text : str
+        What is varied, and to what; for the reader.
+    changes : mapping
+        Fields of `Preset`, whole.
+    """
+
+    group: str
+    text: str
+    changes: Mapping[str, Any]
+
+    def preset(self, reference: Preset = REFERENCE) -> Preset:
+        """The reference with the choice changed."""
+        return dataclasses.replace(reference, **self.changes)
+
+
+def _hypernetwork(**changes: Any) -> dict[str, Any]:
+    return {"hypernetwork": dataclasses.replace(REFERENCE.hypernetwork, **changes)}
+
+
+def _joint(steps: int) -> dict[str, Any]:
+    return {"joint_stage": dataclasses.replace(REFERENCE.joint_stage, steps=steps)}
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "reference": Variant("reference", "k = 64, r = 4, all layers, fresh tasks, noise simulated", {}),
+    "another-seed": Variant("reference", "the same, another training seed", {"seed": 1}),
+    "k16": Variant("coordinates", "k = 16", {"encoder": dataclasses.replace(REFERENCE.encoder, dimension=16)}),
+    "r1": Variant("rank", "r = 1", _hypernetwork(r=1, lora_alpha=1)),
+    "r16": Variant("rank", "r = 16", _hypernetwork(r=16, lora_alpha=16)),
+    "attention": Variant("layers", "attention only", _hypernetwork(target_modules=ATTENTION)),
+    "modulation": Variant("layers", "adaLN modulation only", _hypernetwork(target_modules=MODULATION)),
+    "bank300": Variant("public tasks", "a fixed bank of 300", {"pool_tasks": 300, "fresh_tasks": 0}),
+    "bank2048": Variant("public tasks", "a fixed bank of 2,048", {"fresh_tasks": 0}),
+    "encoder-noiseless": Variant("noise", "encoder trained without noise", {"encoder_noise": NO_NOISE}),
+    "hypernetwork-noiseless": Variant("noise", "hypernetwork trained without noise", {"mean_noise": NO_NOISE}),
+    "joint400": Variant("schedule", "half the joint steps", _joint(400)),
+    "joint1600": Variant("schedule", "twice the joint steps", _joint(1600)),
+}
+
+
+def run(
+    name: str, out: Path, results: Path = RESULTS, *, reference: Preset = REFERENCE, seeds: int = 3, **options: Any
+) -> Path:
+    """Train one variant, or go on; score it; write its file. ``options`` are `comparison.compare`'s.
+
+    Raises
+    ------
+    InputError
+        if there is no variant of this name.
+    """
+    if name not in VARIANTS:
+        raise InputError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}.")
+    path = results / f"{name}.json"
+    if path.is_file():
+        return path
+    started = datetime.now(UTC)
+    variant = VARIANTS[name]
+    preset = variant.preset(reference)
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    _share_stages(preset, reference, out / "reference", folder)
+    weights = train(preset, out=folder)
+    scoring = evaluation.FeatureNetwork.from_pretrained(WEIGHTS / "glyphs" / "features.safetensors")
+    asked: dict[str, Any] = {"private": "digits", "feature_network": scoring, **options}
+    made = comparison.compare(
+        asked.pop("private"), methods=["dp_deepsets"], epsilons=[1.0], seeds=range(seeds), out=folder / "records",
+        hypernetwork=weights, pair=name, command=_command(name), **asked,
+    )  # fmt: skip
+    cells = [records.Record.from_json(record.read_text(encoding="utf-8")) for record in made]
+    manifest = json.loads((weights / "manifest.json").read_text(encoding="utf-8"))
+    content = {
+        "variant": name, "group": variant.group, "text": variant.text,
+        "seconds": {stage: manifest["stages"][stage]["seconds"] for stage in STAGES},
+        "held_out_loss": manifest["stages"]["joint"]["last"]["held_out"],
+        "seeds": seeds, "num_private": cells[0].num_private, "delta": cells[0].delta,
+        "neighboring_relation": cells[0].neighboring_relation, "features": scoring.name,
+        "scores": [_scores(cells, epsilon) for epsilon in (1.0, None)], "label": evaluation.NOT_DP,
+        "provenance": records.provenance(_command(name), "cpu", started),
+    }  # fmt: skip
+    results.mkdir(parents=True, exist_ok=True)
+    records.write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _command(name: str) -> str:
+    return f"python -m hyperdp_lib.ablations --out runs/ablations --variants {name}"
+
+
+def _share_stages(preset: Preset, reference: Preset, source: Path, folder: Path) -> None:
+    """Take over the checkpoints of stages that nothing changed in, if the reference has them."""
+    same_encoder = (preset.encoder, preset.encoder_noise) == (reference.encoder, reference.encoder_noise)
+    shared = {"features": True, "encoder": same_encoder, "base": True}
+    for stage, same in shared.items():
+        there = source / f"{stage}.pt"
+        if same and preset.seed == reference.seed and there.is_file() and not (folder / there.name).exists():
+            shutil.copy2(there, folder / there.name)
+
+
+def _scores(cells: Sequence[records.Record], epsilon: float | None) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds at one budget; None: no noise."""
+    told: dict[str, Any] = {"epsilon": epsilon}
+    for score in ("frechet_distance", "accuracy"):
+        values = [float(cell.scores[score]) for cell in cells if cell.epsilon == epsilon]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        told[score] = {"mean": round(statistics.fmean(values), 4), "sd": None if spread is None else round(spread, 4)}
+    return told
+
+
+def table(results: Path = RESULTS) -> str:
+    """All variants on file as a Markdown table: what it costs, and what it gives at epsilon = 1 and without noise."""
+    lines = [
+        "| varied | to | minutes | held-out loss | Fréchet distance, ε = 1 | ∞ | accuracy, ε = 1 | ∞ |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in VARIANTS:
+        path = results / f"{name}.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            minutes = sum(found["seconds"].values()) / 60
+            numbers = [
+                _told(scores[score], digits)
+                for score, digits in (("frechet_distance", 1), ("accuracy", 2))
+                for scores in found["scores"]
+            ]
+            start = (found["group"], found["text"], f"{minutes:.0f}", f"{found['held_out_loss']:.4f}")
+            lines.append(f"| {' | '.join((*start, *numbers))} |")
+    return "\n".join(lines) if len(lines) > 2 else "*No records yet: `python -m hyperdp_lib.ablations`.*"
+
+
+def _told(value: Mapping[str, float | None], digits: int) -> str:
+    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and score what is missing."""
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.ablations", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and weights")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help="default: all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the steps are too small for more
+    for name in options.variants:
+        print(run(name, options.out, options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
