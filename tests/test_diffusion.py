@@ -4,8 +4,17 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
+from hyperdp_lib import diffusion
 from hyperdp_lib.adapter import Adapter
-from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, denoising_loss, load_base_model, predict, sample
+from hyperdp_lib.diffusion import (
+    BaseModelConfig,
+    build_base_model,
+    denoising_loss,
+    load_base_model,
+    predict,
+    sample,
+    sample_classes,
+)
 from hyperdp_lib.hypernetwork import HyperNetworkConfig
 from hyperdp_lib.lora_geometry import lora_geometry
 
@@ -86,3 +95,19 @@ def test_members_share_the_images_and_batches_do_not_matter(model):
     assert torch.allclose(whole, pieces, atol=1e-5) and torch.allclose(whole, plain, atol=1e-5)
     with pytest.raises(ValueError, match="multiple of the 3"):
         sample(model, adapter, 10, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("per_class", [1, 4, 6, 7])
+def test_classes_get_the_images_asked_for_and_parts_share_them(model, monkeypatch, per_class):
+    """Three classes of two parts: whatever the number, every class gets it, and no part more than its share."""
+    config = HyperNetworkConfig(target_modules=r".*attn1\.to_q").lora_config()
+    adapter = Adapter.no_change(config, lora_geometry(model, config), num_adapters=6)
+
+    def told(base_model, adapter, num_images, *, generator, **options):
+        owner = torch.arange(6).repeat_interleave(num_images // 6)  # the image says which part it is from
+        return owner.view(-1, 1, 1, 1).expand(-1, 1, 16, 16).float()
+
+    monkeypatch.setattr(diffusion, "sample", told)
+    parts = sample_classes(model, adapter, 3, per_class, generator=torch.Generator().manual_seed(0))[:, 0, 0, 0]
+    assert (parts.view(3, per_class) // 2 == torch.arange(3)[:, None]).all()
+    assert torch.bincount(parts.long(), minlength=6).max() <= -(-per_class // 2)
