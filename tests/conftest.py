@@ -15,3 +15,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def base_model():
+    """A stock base model, tiny and untrained."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=1, num_layers=1, sample_size=16,
+        patch_size=4, num_embeds_ada_norm=1,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(base_model):
+    """A hypernetwork for it, untrained, that reads sums of 16 numbers and makes adapters which do change something."""
+    import torch
+
+    from hyperdp_lib.embedding import Encoder, EncoderConfig
+    from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+
+    torch.manual_seed(1)
+    encoder = Encoder(EncoderConfig(dimension=16, width=8))
+    network = HyperNetwork(encoder, base_model, HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)).eval()
+    with torch.no_grad():
+        network.head_b.weight.normal_(std=0.1)
+    return network.requires_grad_(False)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,29 +13,10 @@ from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import NUMBERS, SLOTS, CellEncoder, CellHyperNetwork, apportion, cells_for, find_centroids
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, embed
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained
+from hyperdp_lib.embedding import CHUNK, embed
+from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.refinement import RefinementConfig, refine
 from hyperdp_lib.release import release
-
-
-@pytest.fixture(scope="module")
-def base_model():
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=1, num_layers=1, sample_size=16,
-        patch_size=4, num_embeds_ada_norm=1,
-    ).eval()  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def plain(base_model):
-    torch.manual_seed(1)
-    encoder = Encoder(EncoderConfig(dimension=16, width=8))
-    network = HyperNetwork(encoder, base_model, HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)).eval()
-    with torch.no_grad():
-        network.head_b.weight.normal_(std=0.1)
-    return network.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -5,34 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
 
 from hyperdp_lib import hypernetwork, nested
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, embed
 from hyperdp_lib.evaluation import FeatureNetwork
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.nested import COORDINATES, COUNT_COORDINATE, NestedEncoder, NestedHyperNetwork
 from hyperdp_lib.release import release
-
-
-@pytest.fixture(scope="module")
-def base_model():
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=1, num_layers=1, sample_size=16,
-        patch_size=4, num_embeds_ada_norm=1,
-    ).eval()  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def plain(base_model):
-    torch.manual_seed(1)
-    encoder = Encoder(EncoderConfig(dimension=16, width=8))
-    network = HyperNetwork(encoder, base_model, HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)).eval()
-    with torch.no_grad():
-        network.head_b.weight.normal_(std=0.1)
-    return network
 
 
 @pytest.fixture(scope="module")
