@@ -194,10 +194,14 @@ class Loop:
         self,
         loss: Callable[[int], tuple[Tensor, dict]],
         *,
-        every: int = 200,
+        every: int | None = None,
         check: Callable[[], dict] | None = None,
     ):
-        """Train to the end; the averaged weights are then in ``average``."""
+        """Train to the end; the averaged weights are then in ``average``.
+
+        Logged, checked and saved ``every`` so many steps: 200, or a quarter of a short stage.
+        """
+        every = every or max(1, min(200, self.config.steps // 4))
         started, saved = time.perf_counter(), self.seconds
         sums: dict[str, float] = {}
         with tqdm(total=self.config.steps, initial=self.step, desc=self.name, disable=None) as bar:
@@ -285,7 +289,7 @@ def train_features(
                 value, numbers = value + redraw * error, {**numbers, "redraw": error.detach()}
             return value, numbers
 
-        loop.run(loss, every=min(200, config.steps))
+        loop.run(loss)
     loop.modules.load_state_dict(loop.average)
     return network.eval().requires_grad_(False)
 
@@ -462,7 +466,7 @@ def train_joint(
                 "held_out_no_adapter": alone,
             }
 
-        loop.run(loss, every=min(200, config.steps), check=check)
+        loop.run(loss, check=check)
     loop.modules.load_state_dict(loop.average)
     return base.eval().requires_grad_(False), hypernetwork.eval().requires_grad_(False)
 

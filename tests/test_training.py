@@ -8,7 +8,7 @@ import torch
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE
 from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
-from hyperdp_lib.training import PRESETS, Loop, StageConfig, train
+from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,13 @@ def test_the_loop_learns_and_resumes_where_it_stopped(tmp_path):
     run(second)
     assert second.step == 60 and [row["step"] for row in second.history] == [10, 20, 30, 40, 50, 60]
     assert second.history[-1]["loss"] < 0.1 * second.history[0]["loss"]
+
+
+def test_a_short_stage_is_logged_four_times(trained):
+    for stage in STAGES:
+        rows = json.loads(torch.load(trained[0] / f"{stage}.pt", weights_only=True)["history"])
+        steps = getattr(PRESETS["miniature"], f"{stage}_stage").steps
+        assert [row["step"] for row in rows] == [steps * quarter // 4 for quarter in (1, 2, 3, 4)]
 
 
 def test_simulated_sums_have_the_law_of_a_release():
