@@ -258,6 +258,7 @@ class GlyphTasks:
     """
 
     image_size = 16
+    text = ""  # what the shapes are, if they are not rendered here
     coarse = 0.5  # share of the tasks seen by a scanner of 8 x 8 pixels, which is what the private images may be
 
     def __init__(
@@ -281,9 +282,10 @@ class GlyphTasks:
         self.config = config
 
     @classmethod
-    def from_fields(cls, fields: np.ndarray, names: list[str]) -> GlyphTasks:
-        """Tasks over given shapes (tests, or shapes of one's own)."""
+    def from_fields(cls, fields: np.ndarray, names: list[str], text: str = "") -> GlyphTasks:
+        """Tasks over given shapes (tests, or shapes of one's own); ``text`` says on the model card what they are."""
         tasks = cls.__new__(cls)
+        tasks.text = text
         tasks.config = GlyphConfig()
         tasks._set(fields, names)
         return tasks
@@ -304,6 +306,8 @@ class GlyphTasks:
 
     def describe(self) -> dict:
         """Counts for the model card."""
+        if self.text:
+            return {"text": self.text, "shapes": len(self.names), "classes": self.num_classes}
         strokes = sum(name.startswith("stroke ") for name in self.names)
         lookalikes = "kept" if self.config.lookalikes else "left out"
         return {

@@ -80,3 +80,9 @@ def test_a_given_class_draws_that_shape():
     images = tasks.sample_tasks(8, 4, torch.Generator().manual_seed(0), classes=torch.tensor([0, 1] * 4))
     ink = images.mean((1, 2, 3, 4))
     assert ink[0::2].mean() > ink[1::2].mean() + 0.2
+
+
+def test_shapes_of_ones_own_are_described_by_their_owner():
+    fields = np.zeros((3, 2, 40, 40), np.int8)
+    own = GlyphTasks.from_fields(fields, ["a", "b", "b"], text="three wheels")
+    assert own.describe() == {"text": "three wheels", "shapes": 3, "classes": 2}
