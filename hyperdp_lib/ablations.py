@@ -156,24 +156,27 @@ def _scores(cells: Sequence[records.Record], epsilon: float | None) -> dict[str,
     return told
 
 
+def found(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """What is on file, in the order of `VARIANTS`."""
+    paths = (results / f"{name}.json" for name in VARIANTS)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
 def table(results: Path = RESULTS) -> str:
     """All variants on file as a Markdown table: what it costs, and what it gives at epsilon = 1 and without noise."""
     lines = [
         "| varied | to | minutes | held-out loss | Fréchet distance, ε = 1 | ∞ | accuracy, ε = 1 | ∞ |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in VARIANTS:
-        path = results / f"{name}.json"
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            minutes = sum(found["seconds"].values()) / 60
-            numbers = [
-                _told(scores[score], digits)
-                for score, digits in (("frechet_distance", 1), ("accuracy", 2))
-                for scores in found["scores"]
-            ]
-            start = (found["group"], found["text"], f"{minutes:.0f}", f"{found['held_out_loss']:.4f}")
-            lines.append(f"| {' | '.join((*start, *numbers))} |")
+    for variant in found(results):
+        minutes = sum(variant["seconds"].values()) / 60
+        numbers = [
+            _told(scores[score], digits)
+            for score, digits in (("frechet_distance", 1), ("accuracy", 2))
+            for scores in variant["scores"]
+        ]
+        start = (variant["group"], variant["text"], f"{minutes:.0f}", f"{variant['held_out_loss']:.4f}")
+        lines.append(f"| {' | '.join((*start, *numbers))} |")
     return "\n".join(lines) if len(lines) > 2 else "*No records yet: `python -m hyperdp_lib.ablations`.*"
 
 

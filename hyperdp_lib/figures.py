@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -443,6 +444,67 @@ def _short(method: str) -> str:
         return f"ours {method.removeprefix('dp_deepsets_').replace('_refined', '+r')}"
     return _SHORT.get(method, method)
 
+
+def training_costs(variants: Sequence[Mapping[str, Any]]) -> Figure:
+    """Frechet distance at the first budget over the minutes of public training, a labelled point for each variant.
+
+    Labels stand in a column on the right, in the order of the distances and as near to their height as there is room,
+    each tied to its point. The distance axis is logarithmic if the largest is four times the smallest.
+
+    Parameters
+    ----------
+    variants
+        As `ablations.found` returns them; the group ``reference`` is drawn black.
+    """
+    groups = list(dict.fromkeys(["reference", *(variant["group"] for variant in variants)]))
+    colours = dict(zip(groups, [(0.0, 0.0, 0.0), *(_PALETTE[i] for i in (0, 1, 2, 4, 3, 9, 7))], strict=False))
+    figure, axes = plt.subplots(figsize=(9.4, max(3.6, 1.2 + 0.3 * len(variants))))
+    points = []
+    for variant in variants:
+        minutes = sum(variant["seconds"].values()) / 60
+        first = variant["scores"][0]
+        points.append((first["frechet_distance"]["mean"], minutes, first["frechet_distance"]["sd"] or 0.0, variant))
+    points.sort(key=lambda point: point[:3])
+    for distance, minutes, spread, variant in points:
+        group = variant["group"]
+        axes.errorbar(
+            minutes, distance, yerr=spread, color=colours.get(group, (0.5, 0.5, 0.5)),
+            marker=_MARKERS[groups.index(group)], markersize=9, markeredgecolor="white", capsize=3, linestyle="none",
+            elinewidth=1.4, zorder=3,
+        )  # fmt: skip
+    if points and points[-1][0] > 4 * points[0][0] > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.08, y=0.12)
+    axes.autoscale_view()  # now, so that heights can be told
+    data_to_axes = axes.transData + axes.transAxes.inverted()
+    heights = _spread_out([float(data_to_axes.transform((minutes, distance))[1]) for distance, minutes, *_ in points])
+    for height, (distance, minutes, _, variant) in zip(heights, points, strict=True):
+        colour = colours.get(variant["group"], (0.5, 0.5, 0.5))
+        axes.annotate(
+            f"{variant['group']}: {variant['text']}", xy=(minutes, distance), xycoords="data",
+            xytext=(1.06, height), textcoords="axes fraction", va="center", fontsize="x-small",
+            color=tuple(0.75 * part for part in colour), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 0.5), "shrinkB": 5},
+        )  # fmt: skip
+    budget = f" at ε = {variants[0]['scores'][0]['epsilon']:g}" if variants else ""
+    axes.set(xlabel="minutes of public training", ylabel=f"Fréchet distance{budget} (lower is better)")
+    return figure
+
+
+def _spread_out(heights: Sequence[float]) -> list[float]:
+    """Increasing numbers in [0, 1], moved apart as little as a pass up and a pass down need to make room for text."""
+    gap = 1 / max(len(heights), 13)
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    top = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = top = min(moved[i], top)
+        top -= gap
+    return moved
 
 
 def _tick(epsilon: float) -> str:

@@ -70,6 +70,8 @@ def test_the_table_has_a_row_for_each_variant_on_file(made, tmp_path):
     lines = table(made[1]).splitlines()
     assert len(lines) == 2 + 3 and lines[2].startswith("| reference | k = 64") and "±" in lines[2]
     assert "No records yet" in table(tmp_path)
+    assert [one["variant"] for one in ablations.found(made[1])] == ["reference", "encoder-noiseless", "joint400"]
+    assert ablations.found(tmp_path / "nowhere") == []
 
 
 def test_a_fixed_bank_stays_as_it_is():

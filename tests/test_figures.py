@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from hyperdp_lib import figures
 from hyperdp_lib.records import Record, load_records
@@ -70,3 +71,42 @@ def test_waterfall_shows_the_steps_on_record_from_real_to_private(tmp_path) -> N
     assert labels[-1].endswith("ε = 1")
     assert [bar.get_width() for bar in distances.patches] == [4.5, 23.5, 35.5]
     assert len(accuracies.patches) == 3
+
+
+def variant(group: str, text: str, minutes: float, distance: float, sd: float | None = 1.0) -> dict:
+    """As `ablations.found` returns it."""
+    score = {"epsilon": 1.0, "frechet_distance": {"mean": distance, "sd": sd}}
+    return {"group": group, "text": text, "seconds": {"base": 20 * minutes, "joint": 40 * minutes}, "scores": [score]}
+
+
+def test_training_costs_has_a_labelled_point_for_each_variant() -> None:
+    variants = [variant("reference", "as it is", 15, 40), variant("rank", "r = 1", 10, 50, None)]
+    figure = figures.training_costs(variants)
+    (axes,) = figure.axes
+    points = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
+    assert points == [[15.0, 40.0], [10.0, 50.0]]
+    assert [text.get_text() for text in axes.texts] == ["reference: as it is", "rank: r = 1"]
+    assert axes.containers[0].lines[0].get_color() == (0.0, 0.0, 0.0) and axes.get_yscale() == "linear"
+    assert "ε = 1" in axes.get_ylabel()
+    figure.canvas.draw()
+
+
+def test_training_costs_of_thirteen_close_points_stay_legible() -> None:
+    variants = [variant(f"group {i // 2}", f"choice {i}", 15, 40 + 0.01 * i) for i in range(13)]
+    figure = figures.training_costs([*variants[:-1], variant("group 6", "poor", 15, 300)])
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    figure.canvas.draw()
+    boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)
+    assert len(boxes) == 13 and all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
+    assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+def test_training_costs_without_records_is_empty() -> None:
+    assert not figures.training_costs([]).axes[0].texts
+
+
+def test_texts_are_moved_apart_no_further_than_needed() -> None:
+    assert figures._spread_out([0.1, 0.5, 0.9]) == [0.1, 0.5, 0.9]
+    moved = figures._spread_out([0.97, 0.98, 0.99])
+    assert moved[-1] <= 1.0 and all(high - low >= 1 / 13 - 1e-9 for low, high in zip(moved, moved[1:], strict=False))
