@@ -177,7 +177,7 @@ def table(results: Path = RESULTS) -> str:
         ]
         start = (variant["group"], variant["text"], f"{minutes:.0f}", f"{variant['held_out_loss']:.4f}")
         lines.append(f"| {' | '.join((*start, *numbers))} |")
-    return "\n".join(lines) if len(lines) > 2 else "*No records yet: `python -m hyperdp_lib.ablations`.*"
+    return "\n".join(lines) if len(lines) > 2 else "*No records yet: `python -m hyperdp_lib.ablations --out runs/ablations`.*"
 
 
 def _told(value: Mapping[str, float | None], digits: int) -> str:
