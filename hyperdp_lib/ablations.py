@@ -177,7 +177,9 @@ def table(results: Path = RESULTS) -> str:
         ]
         start = (variant["group"], variant["text"], f"{minutes:.0f}", f"{variant['held_out_loss']:.4f}")
         lines.append(f"| {' | '.join((*start, *numbers))} |")
-    return "\n".join(lines) if len(lines) > 2 else "*No records yet: `python -m hyperdp_lib.ablations --out runs/ablations`.*"
+    if len(lines) == 2:
+        return "*No records yet: `python -m hyperdp_lib.ablations --out runs/ablations`.*"
+    return "\n".join(lines)
 
 
 def _told(value: Mapping[str, float | None], digits: int) -> str:
