@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def bench():
     """Models that are never asked: the method is replaced in these tests."""
     nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
     features = FeatureNetwork(dimension=8).eval()
-    return Bench(None, None, features, None, None, nothing, nothing, nothing, Settings(num_images=20))
+    network = SimpleNamespace(fitting=lambda noise_std, declared_per_class: network)
+    return Bench(None, network, features, None, None, nothing, nothing, nothing, Settings(num_images=20))
 
 
 @pytest.fixture
