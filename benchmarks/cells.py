@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hyperdp_lib import cells, data, diffusion, evaluation
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.hypernetwork import WEIGHTS, load_pretrained
+from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "cells.json"
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.now(UTC)
     base_model, network = load_pretrained("glyphs-nested")
-    scoring = evaluation.FeatureNetwork.from_pretrained(WEIGHTS / "glyphs" / "features.safetensors")
+    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
     rows = []
     sizes = [(name, size) for name in SETS for size in SETS[name]]
     asked = [(*one, epsilon, count) for one in sizes for epsilon in EPSILONS for count in cells.NUMBERS]

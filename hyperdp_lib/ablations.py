@@ -27,7 +27,7 @@ import torch
 
 from hyperdp_lib import comparison, evaluation, records
 from hyperdp_lib.data import InputError
-from hyperdp_lib.hypernetwork import WEIGHTS
+from hyperdp_lib.hypernetwork import features_file
 from hyperdp_lib.training import PRESETS, STAGES, Preset, StageConfig, train
 
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results" / "ablations"
@@ -110,7 +110,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     _share_stages(preset, reference, out / "reference", folder)
     weights = train(preset, out=folder)
-    scoring = evaluation.FeatureNetwork.from_pretrained(WEIGHTS / "glyphs" / "features.safetensors")
+    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
     asked: dict[str, Any] = {"private": "digits", "feature_network": scoring, **options}
     made = comparison.compare(
         asked.pop("private"), methods=["dp_deepsets"], epsilons=[1.0], seeds=range(seeds), out=folder / "records",

@@ -30,13 +30,12 @@ from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import load_pretrained, resolve, write_half
-from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+from hyperdp_lib.nested import CELLS_FILE, COORDINATES, NestedHyperNetwork
 
 NUMBERS = (1, 4, 16, 64)  # of cells, that a release may have
 ENOUGH = 16.0  # times the noise on a number: what a cell must hold if all were equal, see `cells_for`
 LEAST = 8  # images, if there is no noise
 COUNTED = 5.0  # times the noise on a count: a cell with less is left out
-CELLS_FILE = "cells.safetensors"
 SLOTS = 20  # members of the mixture that stands for a class: weights are multiples of 1 / SLOTS
 
 

@@ -586,7 +586,9 @@ def _base_model_name(hypernetwork: str) -> str:
 
 def features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
-        return Path(__file__).parent / "weights" / "glyphs" / "features.safetensors"
+        from hyperdp_lib import hypernetwork
+
+        return hypernetwork.features_file()
     return Path(name_or_path)
 
 

@@ -398,18 +398,14 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
     found = Settings()
     if isinstance(hypernetwork, tuple):
         base_model, network = hypernetwork
-        if feature_network is None:
-            feature_network = evaluation.FeatureNetwork.from_pretrained(
-                hypernetworks.WEIGHTS / "glyphs" / "features.safetensors"
-            )
     else:
         base_model, network = hypernetworks.load_pretrained(hypernetwork, device)
         folder = hypernetworks.resolve(hypernetwork)
-        if feature_network is None:
-            scoring = hypernetworks.foundation(folder) / "features.safetensors"
-            feature_network = evaluation.FeatureNetwork.from_pretrained(scoring)
         if (folder / SETTINGS_FILE).is_file():
             found = Settings.from_json((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if feature_network is None:
+        scoring = hypernetworks.features_file("glyphs" if isinstance(hypernetwork, tuple) else hypernetwork)
+        feature_network = evaluation.FeatureNetwork.from_pretrained(scoring)
     return base_model.to(device), network.to(device), feature_network.to(device), found
 
 

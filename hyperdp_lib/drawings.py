@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from hyperdp_lib import data_sets
 from hyperdp_lib.glyphs import (
-    FIELD_SIZE,
     GLYPH_BOX,
     GlyphTasks,
     cached_fields,
+    on_canvas,
     share_of,
     signed_fields,
 )
@@ -95,14 +95,14 @@ class DrawingTasks(GlyphTasks):
     def _set(self, fields: np.ndarray, names: list[str]) -> None:
         super()._set(fields, names)
         self.image_size = self.drawn.image_size
-        self._class_names = list(dict.fromkeys(names))
+        class_names = list(dict.fromkeys(names))
         groups: dict[str, list[int]] = {}  # alphabets and data sets
-        for number, name in enumerate(self._class_names):
+        for number, name in enumerate(class_names):
             alphabet = name.rsplit("-", 1)[0] if "-" in name else name.split("/")[0]
             groups.setdefault(alphabet, []).append(number)
         self._group_of = {number: members for members in groups.values() for number in members}
         sets: dict[str, list[int]] = {}
-        for number, name in enumerate(self._class_names):
+        for number, name in enumerate(class_names):
             sets.setdefault(name.split("/")[0], []).append(number)
         self._sets = [torch.tensor(members) for members in sets.values()]
         self._looks = F.avg_pool2d(self.fields[:, 0].float()[:, None], 5).flatten(1)  # (G, 64): coarse pictures
@@ -231,7 +231,6 @@ def _maker(name: str, progress: bool) -> Callable[[], tuple[np.ndarray, list[str
 
 def shapes_of(picture: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Ink (40, 40) of a drawing (28, 28) uint8 cropped and scaled to the box, and of its filled form if it has one."""
-    from PIL import Image
     from scipy.ndimage import binary_fill_holes
 
     inked = picture > INK
@@ -239,13 +238,7 @@ def shapes_of(picture: np.ndarray) -> list[tuple[str, np.ndarray]]:
     if len(rows) == 0:
         return []
     cut = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = GLYPH_BOX / max(cut.shape)
-    size = (max(2, round(cut.shape[1] * scale)), max(2, round(cut.shape[0] * scale)))
-    small = np.asarray(Image.fromarray(cut).resize(size, Image.Resampling.BICUBIC))
-    canvas = np.zeros((FIELD_SIZE, FIELD_SIZE), np.uint8)
-    top, left = (FIELD_SIZE - size[1]) // 2, (FIELD_SIZE - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = small
-    ink = canvas > INK
+    ink = on_canvas(cut) > INK
     if not ink.any():
         return []
     found = [("", ink)]

@@ -79,6 +79,16 @@ def embed(encoder: Encoder, images: Tensor, *, batch_size: int = 1024) -> Tensor
     return torch.cat(batches) if batches else torch.empty(0, encoder.config.dimension)
 
 
+def embed_rows(
+    encoder: Encoder, private_images: Tensor, private_rows: np.ndarray | None = None, *, batch_size: int = 1024
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """What `mechanism.noisy_sum` reads: embeddings (B, k) with the row each belongs to (B,), batch by batch."""
+    starts = range(0, len(private_images), batch_size)
+    codes = embed_batches(encoder, (private_images[i : i + batch_size] for i in starts))
+    for i, batch in zip(starts, codes, strict=True):
+        yield batch, None if private_rows is None else private_rows[i : i + batch_size]
+
+
 @torch.no_grad()
 def embed_batches(encoder: Encoder, batches: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """Stream: one array (B, k) of float32 per batch of images; memory does not grow with the number of images.

@@ -124,10 +124,23 @@ def signed_fields(ink: np.ndarray, skeleton: np.ndarray | None = None) -> np.nda
     return np.rint(scaled).astype(np.int8)
 
 
+def on_canvas(picture: np.ndarray) -> np.ndarray:
+    """A cropped picture (H, W) uint8 scaled to the box, in the middle of the (40, 40) grid."""
+    from PIL import Image
+
+    height, width = picture.shape
+    scale = GLYPH_BOX / max(height, width)
+    size = (max(2, round(width * scale)), max(2, round(height * scale)))
+    kind = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    canvas = np.zeros((FIELD_SIZE, FIELD_SIZE), np.uint8)
+    top, left = (FIELD_SIZE - size[1]) // 2, (FIELD_SIZE - size[0]) // 2
+    canvas[top : top + size[1], left : left + size[0]] = np.asarray(Image.fromarray(picture).resize(size, kind))
+    return canvas
+
+
 def _render_fonts(progress: bool) -> tuple[np.ndarray, list[str]]:
     import matplotlib
     from matplotlib.ft2font import FT2Font, LoadFlags
-    from PIL import Image
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fields, names = [], []
@@ -146,20 +159,9 @@ def _render_fonts(progress: bool) -> tuple[np.ndarray, list[str]]:
             if len(rows) == 0 or len(columns) == 0:
                 continue
             image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            height, width = image.shape
-            if max(height, width) < 8:  # dots and commas
+            if max(image.shape) < 8:  # dots and commas
                 continue
-            scale = GLYPH_BOX / max(height, width)
-            size = (max(2, round(width * scale)), max(2, round(height * scale)))
-            small = np.asarray(
-                Image.fromarray(image).resize(
-                    size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-                )
-            )
-            canvas = np.zeros((FIELD_SIZE, FIELD_SIZE), np.uint8)
-            top, left = (FIELD_SIZE - size[1]) // 2, (FIELD_SIZE - size[0]) // 2
-            canvas[top : top + size[1], left : left + size[0]] = small
-            ink = canvas > 110
+            ink = on_canvas(image) > 110
             if not 0.02 < ink.mean() < 0.45:  # nothing, or a solid block
                 continue
             fields.append(signed_fields(ink))

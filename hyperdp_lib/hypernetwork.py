@@ -245,6 +245,11 @@ def foundation(folder: Path) -> Path:
     return WEIGHTS / manifest["builds_on"] if "builds_on" in manifest else folder
 
 
+def features_file(name_or_path: str | Path = "glyphs") -> Path:
+    """Where the feature network is that scores samples of these weights; see `evaluation.FeatureNetwork`."""
+    return foundation(resolve(name_or_path)) / "features.safetensors"
+
+
 def load_pretrained(
     name_or_path: str | Path = "glyphs", device: str = "cpu"
 ) -> tuple[nn.Module, HyperNetwork]:

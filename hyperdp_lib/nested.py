@@ -61,6 +61,7 @@ COORDINATES = (8, 16, 32, 64)  # sizes a release may have, besides the count
 COUNT_COORDINATE = 0.25  # less than the plain encoder's: it takes less of the norm from what there is to say
 SHARES = (1.0, 0.5)  # standard deviation, over public tasks, of the new features and of the plain encoder's
 HYPERNETWORK_STAGE = StageConfig(2000, 64, 8, 8e-4, 0.999)
+CELLS_FILE = "cells.safetensors"  # centroids, see hyperdp_lib.cells
 REDRAW = 0.5  # weight of redrawing the image, beside telling characters apart
 POOL_TASKS = 1536
 NOISE_LEVELS = (0.5, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.003)  # on the mean; where the table has rows
@@ -217,8 +218,8 @@ def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]
     decoder = read_half(folder / "hypernetwork.safetensors")
     network.load_state_dict(decoder | {f"encoder.{k}": v for k, v in nested.state_dict().items()})
     network.table = {float(level): {int(k): v for k, v in row.items()} for level, row in manifest["table"].items()}
-    if (folder / "cells.safetensors").is_file():
-        network.centroids = read_half(folder / "cells.safetensors")
+    if (folder / CELLS_FILE).is_file():
+        network.centroids = read_half(folder / CELLS_FILE)
     return network
 
 
@@ -229,11 +230,19 @@ def build(
     preset: Preset, source: Any, encoder: Encoder, base_model: nn.Module, out: Path, device: str = "cpu"
 ) -> NestedHyperNetwork:
     """An untrained hypernetwork, on coordinates found from the source's tasks; trains the features if they are not."""
-    features = train_features(preset, source, out, device, redraw=REDRAW, name="codes").cpu()
-    typical = source.sample_tasks(min(2000, max(100, 2 * preset.pool_tasks)), 12, torch.Generator().manual_seed(11))
-    nested = NestedEncoder(encoder.cpu(), features, *directions(encoder, features, typical))
+    nested, _ = _train_encoder(preset, source, encoder, out, device)
     torch.manual_seed(preset.seed + 3)
     return NestedHyperNetwork(nested, base_model, preset.hypernetwork).to(device)
+
+
+def _train_encoder(
+    preset: Preset, source: Any, encoder: Encoder, out: Path, device: str = "cpu", turn: int = 0
+) -> tuple[NestedEncoder, Tensor]:
+    """Nested coordinates, on features trained here if they are not, and the tasks in which they were found."""
+    features = train_features(preset, source, out, device, redraw=REDRAW, name="codes", turn=turn).cpu()
+    count = min(2000, max(100, 2 * preset.pool_tasks))
+    typical = source.sample_tasks(count, 12, torch.Generator().manual_seed(11 + turn))
+    return NestedEncoder(encoder.cpu(), features, *directions(encoder, features, typical)), typical
 
 
 def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
@@ -293,9 +302,7 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
     checkpoints.mkdir(parents=True, exist_ok=True)
     base_model, plain = load_pretrained("glyphs")
     source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
-    features = train_features(preset, source, checkpoints, "cpu", redraw=REDRAW, name="codes", turn=turn)
-    typical = source.sample_tasks(100 if smoke else 2000, 12, torch.Generator().manual_seed(11 + turn))
-    encoder = NestedEncoder(plain.encoder, features, *directions(plain.encoder, features, typical))
+    encoder, typical = _train_encoder(preset, source, plain.encoder, checkpoints, turn=turn)
     network = NestedHyperNetwork(encoder, base_model, plain.config)
     _warm_start(network, plain, typical)
     held_out = HeldOut(encoder, preset, held_out_tasks, stage.images)

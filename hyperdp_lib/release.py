@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TE
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, save_grid
 from hyperdp_lib.diffusion import sample_classes
-from hyperdp_lib.embedding import embed_batches
+from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.ledger import LedgerEntry
 
@@ -113,9 +113,8 @@ def release(
             base_model_sha256=hypernetwork.base_model_sha256,
         )
         rows = None if private_labels is None else private_labels.cpu().numpy()
-        noisy_sum = mechanism.noisy_sum(
-            _embedded(private_images, rows, hypernetwork, batch_size), config, seed=seed
-        )
+        batches = embed_rows(hypernetwork.encoder, private_images, rows, batch_size=batch_size)
+        noisy_sum = mechanism.noisy_sum(batches, config, seed=seed)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)
@@ -129,15 +128,6 @@ def decode(
     device = next(hypernetwork.parameters()).device
     sums = torch.from_numpy(np.asarray(noisy_sum)).to(device, torch.float32)
     return hypernetwork(sums, noise_std, tuple(class_names) or ("adapter",)).detach()
-
-
-def _embedded(
-    private_images: Tensor, private_rows: np.ndarray | None, hypernetwork: HyperNetwork, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    starts = range(0, len(private_images), batch_size)
-    codes = embed_batches(hypernetwork.encoder, (private_images[i : i + batch_size] for i in starts))
-    for i, batch in zip(starts, codes, strict=True):
-        yield batch, None if private_rows is None else private_rows[i : i + batch_size]
 
 
 def _check_images(private_images: Tensor, hypernetwork: HyperNetwork) -> None:

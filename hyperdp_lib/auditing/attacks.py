@@ -296,7 +296,7 @@ def _losses(private_images: Tensor, model: nn.Module, game: Game) -> NDArray[np.
 
 def feature_network() -> evaluation.FeatureNetwork:
     """Public features that no release is made with."""
-    return evaluation.FeatureNetwork.from_pretrained(hypernetwork.WEIGHTS / "glyphs" / "features.safetensors")
+    return evaluation.FeatureNetwork.from_pretrained(hypernetwork.features_file())
 
 
 def _column_means(values: NDArray[np.floating], where: NDArray[np.bool_]) -> NDArray[np.floating]:

@@ -24,8 +24,6 @@ from hyperdp_lib import accounting, embedding, mechanism
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels, to_levels
 
-BATCH = 1024  # images embedded at a time
-
 
 class PublicTasks(Protocol):
     """A source of small public data sets, such as `hyperdp_lib.glyphs.GlyphTasks`."""
@@ -111,9 +109,7 @@ def noisy_class_sums(
     """
     config = gaussian_sum(epsilon, encoder.config.dimension, num_classes, delta, neighboring_relation)
     rows = None if private_labels is None else private_labels.cpu().numpy().astype(np.int64)
-    starts = range(0, len(private_images), BATCH)
-    codes = embedding.embed_batches(encoder, (private_images[start : start + BATCH] for start in starts))
-    batches = ((part, None if rows is None else rows[i : i + BATCH]) for i, part in zip(starts, codes, strict=True))
+    batches = embedding.embed_rows(encoder, private_images, rows)
     return mechanism.noisy_sum(batches, config, seed=seed), config.noise_std
 
 

@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.out / f"{name}.json", grid)
     except InputError as error:
         parser.error(str(error))
-    network = FeatureNetwork.from_pretrained(hypernetwork.WEIGHTS / "glyphs" / "features.safetensors")
+    network = FeatureNetwork.from_pretrained(hypernetwork.features_file())
     public = GlyphTasks(progress=True).sample_tasks(100, 10, torch.Generator().manual_seed(0)).flatten(0, 1)
     classifier = build_classifier(network, public, len(private_train.class_names or ()))
     sha256 = artefacts.tensors_sha256(classifier.state_dict())

@@ -41,10 +41,10 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
-from hyperdp_lib.cells import CELLS_FILE, CellHyperNetwork
+from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import WEIGHTS, HyperNetwork, load_pretrained
-from hyperdp_lib.nested import NestedHyperNetwork
+from hyperdp_lib.nested import CELLS_FILE, NestedHyperNetwork
 from hyperdp_lib.refinement import RefinementConfig
 
 
@@ -432,7 +432,7 @@ class Method:
 
     def available(self, hypernetwork: str = "glyphs") -> bool:
         """Whether its public models are there; they are made by ``python -m hyperdp_lib.baselines.<module>``."""
-        if self.weights == "nested" and self.with_cells and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
+        if self.with_cells and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
             return True
         return self.weights is None or (WEIGHTS / f"{hypernetwork}-{self.weights}" / "manifest.json").is_file()
 
