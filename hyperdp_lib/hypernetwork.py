@@ -31,6 +31,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 TARGET_MODULES = (
     r"transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2|norm1\.linear)"
 )
+# Public training simulates at least this much noise on a mean (standard deviation of a coordinate), and at most so
+# many images in a set. Beyond that a decoder would be asked for what it never saw.
+LEAST_NOISE = 5e-4
+LARGEST_SET = 8192
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,16 @@ def summary(
     """Noisy mean (T, k - 1) scaled to unit size, log noise on it (T, 1), log noisy count (T, 1).
 
     The count is kept at least at its own noise level (and at least one), so that a sum which is all noise gives a
-    bounded mean, and the mean is pulled back into the ball in which every true mean lies.
+    bounded mean, and the mean is pulled back into the ball in which every true mean lies. Less noise on the mean, and
+    more images, than public training knows are told as the least and the most that it knows.
     """
     count = noisy_count(noisy_sum, noise_std, count_coordinate)
     mean = noisy_sum[:, 1:] / count[:, None]
-    noise = noise_std / count
+    noise = (noise_std / count).clamp_min(LEAST_NOISE)
+    told = count.clamp_max(LARGEST_SET)
     length = mean.norm(dim=1, keepdim=True).clamp_min(1e-6)
     mean = mean * (1.5 / length).clamp_max(1.0)
-    return 8.0 * mean, (noise.clamp_min(1e-4).log() + 4.0)[:, None] / 2.0, (count.log() - 4.0)[:, None] / 2.0
+    return 8.0 * mean, (noise.log() + 4.0)[:, None] / 2.0, (told.log() - 4.0)[:, None] / 2.0
 
 
 def simulate_sums(

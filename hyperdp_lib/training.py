@@ -34,7 +34,14 @@ from hyperdp_lib.drawings import DrawingConfig
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained, simulate_sums
+from hyperdp_lib.hypernetwork import (
+    LARGEST_SET,
+    LEAST_NOISE,
+    HyperNetwork,
+    HyperNetworkConfig,
+    save_pretrained,
+    simulate_sums,
+)
 
 STAGES = ("features", "encoder", "base", "joint")
 
@@ -70,8 +77,8 @@ class Preset:
     pool_images: int = 80  # images of each; also the largest support set
     fresh_tasks: int = 12  # of which so many are replaced by new ones at every step; 0: a fixed bank
     encoder_noise: tuple[float, float] = (1e-3, 0.35)  # std on the encoder's prototypes, log-uniform
-    set_size: tuple[int, int] = (8, 8192)  # the set sizes the hypernetwork is trained for, log-uniform
-    mean_noise: tuple[float, float] = (5e-4, 0.5)  # and the noise std on the mean, log-uniform
+    set_size: tuple[int, int] = (8, LARGEST_SET)  # the set sizes the hypernetwork is trained for, log-uniform
+    mean_noise: tuple[float, float] = (LEAST_NOISE, 0.5)  # and the noise std on the mean, log-uniform
     adapter_off: float = 0.1  # share of tasks with no adapter, so that the base stays a model of its own
     seed: int = 0
 

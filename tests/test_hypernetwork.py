@@ -10,6 +10,8 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, predict
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 from hyperdp_lib.hypernetwork import (
+    LARGEST_SET,
+    LEAST_NOISE,
     HyperNetwork,
     HyperNetworkConfig,
     load_pretrained,
@@ -65,6 +67,15 @@ def test_summary_recovers_mean_noise_and_count():
     assert torch.allclose(features[0], 8 * mean)
     assert torch.isclose(features[1], (torch.tensor(4.0 / 200).log() + 4) / 2)
     assert torch.isclose(features[2], (torch.tensor(200.0).log() - 4) / 2)
+
+
+def test_summary_tells_nothing_that_training_never_saw():
+    """No noise at all, and a set of millions: told as the least noise and the largest set of public training."""
+    for size in (LARGEST_SET, 1e7):
+        noisy_sum = torch.cat([torch.tensor([[COUNT_COORDINATE]]), torch.tensor([[0.3, -0.4]])], 1) * size
+        _, noise, count = summary(noisy_sum, torch.tensor([0.0]))
+        assert torch.isclose(noise, (torch.tensor(LEAST_NOISE).log() + 4) / 2)
+        assert torch.isclose(count, (torch.tensor(float(LARGEST_SET)).log() - 4) / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, -1e6, 1e6])
