@@ -25,12 +25,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from hyperdp_lib import embedding
@@ -62,6 +64,9 @@ COUNT_COORDINATE = 0.25  # less than the plain encoder's: it takes less of the n
 SHARES = (1.0, 0.5)  # standard deviation, over public tasks, of the new features and of the plain encoder's
 HYPERNETWORK_STAGE = StageConfig(2000, 64, 8, 8e-4, 0.999)
 CELLS_FILE = "cells.safetensors"  # centroids, see hyperdp_lib.cells
+LEADING = 16  # coordinates whose products are second moments: 136
+PROTOTYPES = 64  # of votes
+SHARPNESS = 8.0  # of votes: an image near a prototype gives it about half of its vote
 REDRAW = 0.5  # weight of redrawing the image, beside telling characters apart
 POOL_TASKS = 1536
 NOISE_LEVELS = (0.5, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.003)  # on the mean; where the table has rows
@@ -118,6 +123,59 @@ class NestedEncoder(nn.Module):
         nested = self.everything(images)
         sizes = torch.full((len(nested),), self.coordinates, device=nested.device)
         return first(nested, sizes)[:, : 1 + self.coordinates]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a sum may hold beside the nested coordinates themselves (public).
+
+    Attributes
+    ----------
+    moments : float
+        Share of second moments: products of the leading coordinates. Beside the mean they say how a data set varies.
+    votes : float
+        Share of soft votes for public prototypes: beside the mean they say how many images look like which.
+
+    A share is the standard deviation over public tasks, the coordinates' own being 1; 0 leaves a block out.
+    """
+
+    moments: float = 0.0
+    votes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.moments < 0 or self.votes < 0:
+            raise InputError(f"shares must be at least 0, got moments {self.moments:g}, votes {self.votes:g}.")
+
+
+class RicherEncoder(NestedEncoder):
+    """Nested coordinates of more than the mean: of products and votes too, cut to a number and a norm as ever.
+
+    All blocks stand in one vector of norm one, so one clip bounds them together and one draw of noise covers them. The
+    leading directions decide which of them a short release holds.
+
+    Parameters
+    ----------
+    nested : NestedEncoder
+    prototypes : (V, 64)
+        Public: what is voted for, in nested coordinates of norm one.
+    middle : (64 + P + V,), mixing : (64 + P + V, 64)
+        Public: mean and leading directions of all blocks with their shares; see `richer`.
+    """
+
+    prototypes: Tensor
+    middle: Tensor
+    mixing: Tensor
+
+    def __init__(self, nested: NestedEncoder, prototypes: Tensor, middle: Tensor, mixing: Tensor) -> None:
+        super().__init__(nested.encoder, nested.features, nested.centre, nested.projection, nested.coordinates)
+        self.register_buffer("prototypes", prototypes)
+        self.register_buffer("middle", middle)
+        self.register_buffer("mixing", mixing)
+
+    def everything(self, images: Tensor) -> Tensor:
+        """All 64 coordinates (N, 1 + 64), not yet of norm one."""
+        count, blocks = super().everything(images).split([1, COORDINATES[-1]], 1)
+        return torch.cat([count, (further(blocks, self.prototypes) - self.middle) @ self.mixing], 1)
 
 
 class NestedHyperNetwork(HyperNetwork):
@@ -207,6 +265,39 @@ def directions(encoder: Encoder, features: FeatureNetwork, tasks: Tensor) -> tup
     return centre, weights[:, None] * rows[: COORDINATES[-1]].T
 
 
+def further(nested: Tensor, prototypes: Tensor) -> Tensor:
+    """Coordinates (N, 64), their products and their votes: (N, 64 + P + V).
+
+    Products are of the `LEADING` first, at norm one, each pair once; votes are the softmax of cosines.
+    """
+    leading = F.normalize(nested[:, :LEADING], dim=1, eps=1e-6)
+    rows, columns = torch.triu_indices(LEADING, LEADING, device=nested.device)
+    votes = (F.normalize(nested, dim=1, eps=1e-6) @ prototypes.T * SHARPNESS).softmax(1)
+    return torch.cat([nested, leading[:, rows] * leading[:, columns], votes], 1)
+
+
+@torch.no_grad()
+def richer(nested: NestedEncoder, tasks: Tensor, blocks: Blocks, *, seed: int = 0) -> RicherEncoder:
+    """Further blocks, their prototypes and directions found on public tasks (T, M, C, H, W)."""
+    images = tasks.flatten(0, 1).split(embedding.CHUNK)
+    codes = torch.cat([NestedEncoder.everything(nested, part)[:, 1:] for part in images])
+    unit = F.normalize(codes, dim=1, eps=1e-6)
+    centroids, _ = kmeans2(unit.double().numpy(), PROTOTYPES, minit="++", rng=np.random.default_rng(seed))
+    prototypes = F.normalize(torch.from_numpy(centroids).float(), dim=1)
+    raw = further(codes, prototypes)
+    means = raw.view(*tasks.shape[:2], -1).mean(1)
+    pairs = LEADING * (LEADING + 1) // 2
+    weights = torch.cat([
+        torch.full((part.shape[1],), share) / part.var(0).sum().sqrt()
+        for part, share in zip(
+            means.split([COORDINATES[-1], pairs, PROTOTYPES], 1), (1.0, blocks.moments, blocks.votes), strict=True
+        )
+    ])  # fmt: skip
+    middle = means.mean(0)
+    _, _, rows = torch.linalg.svd((means - middle) * weights, full_matrices=False)
+    return RicherEncoder(nested, prototypes, middle, weights[:, None] * rows[: COORDINATES[-1]].T)
+
+
 def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]) -> NestedHyperNetwork:
     """What `hypernetwork.load_pretrained` calls for weights of this kind; float32."""
     state = read_half(folder / "encoder.safetensors")
@@ -246,7 +337,7 @@ def _train_encoder(
 
 
 def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
-    """Start as the plain hypernetwork, its input predicted from the new one by least squares over public tasks."""
+    """Start as another hypernetwork, its input predicted from the new one by least squares over public tasks."""
 
     def means(encoder: Any) -> Tensor:
         return embedding.embed(encoder, tasks.flatten(0, 1))[:, 1:].view(*tasks.shape[:2], -1).mean(1)
@@ -260,7 +351,7 @@ def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor)
         network.load_state_dict(start, strict=False)
         network.trunk_in.weight.zero_()
         network.trunk_in.weight[:, :width] = reads[:, :k] @ predict[:width].T
-        network.trunk_in.weight[:, width : width + 2] = reads[:, k : k + 2]
+        network.trunk_in.weight[:, width : width + reads.shape[1] - k] = reads[:, k:]  # noise, count, and what else
         network.trunk_in.bias.copy_(plain.trunk_in.bias + 8.0 * reads[:, :k] @ predict[width])
 
 
@@ -287,25 +378,16 @@ class HeldOut:
         return float(adapted_loss(base_model, adapter, self.queries.to(device), torch.Generator().manual_seed(1)))
 
 
-def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
-    """All of the public training, from the shipped weights ``glyphs``; resumes; writes the weights to ``out``.
+def fit(
+    network: NestedHyperNetwork, base_model: nn.Module, preset: Preset, source: Any, held_out_tasks: Any,
+    checkpoints: Path, *, turn: int = 0,
+) -> Loop:
+    """Train the hypernetwork alone, for the preset's joint stage; resumes. The loop has its history.
 
-    ``smoke``: a few tiny steps, to see that everything runs. ``seed``: of all the training; the shipped weights' is 0.
+    The network is left at the average of the weights it went through.
     """
-    from hyperdp_lib.baselines.decoders import smoke_preset
-
-    preset = smoke_preset() if smoke else PRESETS["glyphs"]
-    stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
-    turn = 10_000 * seed  # apart from the seeds of every other stage
-    preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
-    checkpoints = out / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    base_model, plain = load_pretrained("glyphs")
-    source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
-    encoder, typical = _train_encoder(preset, source, plain.encoder, checkpoints, turn=turn)
-    network = NestedHyperNetwork(encoder, base_model, plain.config)
-    _warm_start(network, plain, typical)
-    held_out = HeldOut(encoder, preset, held_out_tasks, stage.images)
+    stage = preset.joint_stage
+    held_out = HeldOut(network.encoder, preset, held_out_tasks, stage.images)
     learned = nn.ModuleList([network.trunk_in, network.blocks, network.trunk_out, network.head_a, network.head_b])
     loop = Loop("hypernetwork", [(learned, 1.0)], stage, checkpoints)
     if not loop.done:
@@ -326,6 +408,28 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
         loop.run(loss, every=min(100, stage.steps), check=check)
     loop.modules.load_state_dict(loop.average)
     network.eval().requires_grad_(False)
+    return loop
+
+
+def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
+    """All of the public training, from the shipped weights ``glyphs``; resumes; writes the weights to ``out``.
+
+    ``smoke``: a few tiny steps, to see that everything runs. ``seed``: of all the training; the shipped weights' is 0.
+    """
+    from hyperdp_lib.baselines.decoders import smoke_preset
+
+    preset = smoke_preset() if smoke else PRESETS["glyphs"]
+    stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
+    turn = 10_000 * seed  # apart from the seeds of every other stage
+    preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
+    checkpoints = out / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    base_model, plain = load_pretrained("glyphs")
+    source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
+    encoder, typical = _train_encoder(preset, source, plain.encoder, checkpoints, turn=turn)
+    network = NestedHyperNetwork(encoder, base_model, plain.config)
+    _warm_start(network, plain, typical)
+    loop = fit(network, base_model, preset, source, held_out_tasks, checkpoints, turn=turn)
     tabulate(network, base_model, preset, held_out_tasks, NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
     _write(out, network, loop, source, seed)
     return out

@@ -11,7 +11,14 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, embed
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.hypernetwork import HyperNetwork
-from hyperdp_lib.nested import COORDINATES, COUNT_COORDINATE, NestedEncoder, NestedHyperNetwork
+from hyperdp_lib.nested import (
+    COORDINATES,
+    COUNT_COORDINATE,
+    LEADING,
+    Blocks,
+    NestedEncoder,
+    NestedHyperNetwork,
+)
 from hyperdp_lib.release import release
 
 
@@ -160,3 +167,46 @@ def test_training_runs_and_its_weights_load(tmp_path):
     assert json.loads((again / "manifest.json").read_text())["encoder_sha256"] == manifest["encoder_sha256"]
     released = release(torch.rand(20, 1, 16, 16) * 2 - 1, network.fitting(3.73, 20), epsilon=1.0, seed=0)
     assert released.noisy_sum.shape[1] - 1 in COORDINATES
+
+
+@pytest.fixture(scope="module")
+def rich(network, tasks):
+    return nested.richer(network.encoder, tasks, Blocks(moments=0.5, votes=0.5))
+
+
+def test_further_blocks_share_one_norm(rich):
+    """One clip for the mean, the moments and the votes together: whatever the blocks, an image has norm one."""
+    codes = embed(rich, torch.rand(50, 1, 16, 16) * 2 - 1)
+    assert torch.allclose(codes.norm(dim=1), torch.ones(50), atol=1e-5)
+    assert torch.all(codes[:, 0] == COUNT_COORDINATE)
+
+
+def test_no_further_blocks_change_nothing_but_the_axes(network, tasks):
+    """With both shares 0 the coordinates are turned at most: distances between images stay."""
+    same = nested.richer(network.encoder, tasks, Blocks())
+    images = tasks[:20, 0]
+    before = network.encoder.everything(images)[:, 1:] - network.encoder.everything(tasks.flatten(0, 1))[:, 1:].mean(0)
+    scale = torch.pdist(before) / torch.pdist(same.everything(images)[:, 1:])
+    assert torch.allclose(scale, scale[:1], rtol=1e-3)
+
+
+def test_moments_tell_sets_of_one_mean_apart():
+    """Half of a set here and half opposite: the mean is zero whichever the axis, the second moments are not."""
+    one, other = torch.eye(64)[0], torch.eye(64)[1]
+    prototypes = torch.eye(64)
+    sets = [torch.stack([axis, -axis]) for axis in (one, other)]
+    means = [nested.further(codes, prototypes).mean(0) for codes in sets]
+    assert torch.equal(means[0][:64], means[1][:64])
+    pairs = LEADING * (LEADING + 1) // 2
+    assert (means[0][64 : 64 + pairs] - means[1][64 : 64 + pairs]).norm() > 1
+
+
+def test_votes_are_shares(rich):
+    votes = nested.further(torch.randn(30, 64), rich.prototypes)[:, -len(rich.prototypes) :]
+    assert torch.all(votes >= 0) and torch.allclose(votes.sum(1), torch.ones(30), atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [{"moments": -0.1}, {"votes": -1.0}])
+def test_negative_shares_are_refused(shares):
+    with pytest.raises(InputError, match="at least 0"):
+        Blocks(**shares)
