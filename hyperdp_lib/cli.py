@@ -354,6 +354,7 @@ def _forecast(options: argparse.Namespace) -> None:
         delta=options.delta,
         neighboring_relation=options.neighboring_relation,
         bench=tuning.public_bench(options.hypernetwork, device=options.device),
+        tasks=tuning.held_out_tasks(options.hypernetwork),
         progress=True,
     )
     told = made.summary()

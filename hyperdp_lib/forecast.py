@@ -166,12 +166,12 @@ def forecast(
         raise InputError(f"unknown method {method!r}: choose from {', '.join(METHODS)}.")
     bench = tuning.public_bench() if bench is None else bench
     enough = 2 * bench.feature_network.dimension
-    if num_images < enough:
-        raise InputError(f"scores in {bench.feature_network.dimension} features need {enough} samples or more.")
-    if tasks is None:
-        from hyperdp_lib.glyphs import GlyphTasks
-
-        tasks = GlyphTasks(split="held_out")
+    if num_images - num_images % num_classes < enough:
+        raise InputError(
+            f"scores in {bench.feature_network.dimension} features need {enough} samples or more, "
+            f"as many of each class: num_images must be {-(-enough // num_classes) * num_classes} or more."
+        )
+    tasks = tuning.held_out_tasks() if tasks is None else tasks
     bench = dataclasses.replace(
         bench,
         settings=dataclasses.replace(bench.settings, num_images=num_images),

@@ -257,6 +257,14 @@ def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
     return Bench(base_model, network, features, bank, models, nothing, nothing, nothing, settings, device=device)
 
 
+def held_out_tasks(hypernetwork: str = "glyphs") -> controls.PublicTasks:
+    """Held-out tasks of the public data that these weights were trained on: what stand-ins are drawn from."""
+    from hyperdp_lib.training import PRESETS
+
+    name = comparison.weights_name(hypernetwork)
+    return PRESETS[name if name in PRESETS else "glyphs"].public_data.tasks("held_out")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune every method of the comparison for the embedded default, all by the same number of trials."""
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.tuning", description=__doc__.splitlines()[0])
@@ -273,9 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=1000, help="samples for each trial; default: 1000")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    from hyperdp_lib.glyphs import GlyphTasks
-
-    tasks = GlyphTasks(split="held_out")
+    tasks = held_out_tasks(options.hypernetwork)
     bench = public_bench(options.hypernetwork, device=options.device)
     shown = bench.settings.num_images
     start = dataclasses.replace(bench.settings, num_images=options.num_images)

@@ -1,7 +1,11 @@
 """Forecasts: intervals cover what they promise, from public data alone."""
 
 import dataclasses
+import importlib.util
+import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,6 +117,7 @@ def test_one_class_has_no_accuracy(bench, lottery):
         ({"epsilon": 0.0}, "epsilon must be positive"),
         ({"method": "magic"}, "unknown method"),
         ({"num_images": 15}, "need 16 samples"),
+        ({"num_images": 17, "num_classes": 10}, "must be 20 or more"),
     ],
 )
 def test_bad_requests_are_refused_before_any_rehearsal(bench, lottery, changes, message):
@@ -124,10 +129,76 @@ def test_bad_requests_are_refused_before_any_rehearsal(bench, lottery, changes, 
 
 def test_the_command_prints_the_table(bench, lottery, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "public_bench", lambda *args, **kwargs: dataclasses.replace(bench))
-    monkeypatch.setattr("hyperdp_lib.glyphs.GlyphTasks", lambda split: Tasks())
+    monkeypatch.setattr(tuning, "held_out_tasks", lambda *args: Tasks())
     command = ["forecast", "--num-private", "40", "--epsilon", "1", "--classes", "2", "--num-images", "20"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "9 rehearsals on public data" in out and "probability 80%" in out and "frechet distance" in out
     assert cli.main([*command, "--rehearsals", "5"]) == 2
     assert "needs 9 rehearsals" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "forecast_coverage.py"
+    specification = importlib.util.spec_from_file_location("forecast_coverage", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["forecast_coverage"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules["forecast_coverage"]
+
+
+@pytest.mark.parametrize("count, coverage, exact", [(9, 0.8, 0.8), (19, 0.8, 0.8), (19, 0.9, 0.9), (9, 0.6, 0.6)])
+def test_over_all_splits_distinct_scores_are_covered_exactly_as_promised(benchmark, count, coverage, exact):
+    values = list(np.random.default_rng(0).lognormal(size=60))
+    assert benchmark.all_splits(values, count, coverage) == pytest.approx(exact, abs=1e-6)
+
+
+def test_all_splits_counts_what_a_loop_counts_with_ties(benchmark):
+    rng = np.random.default_rng(1)
+    values = list(rng.integers(0, 4, 30).astype(float))
+    hits = []
+    for _ in range(20_000):
+        *nine, last = rng.permutation(values)[:10]
+        low, high = prediction_interval(nine, 0.8)
+        hits.append(low <= last <= high)
+    assert np.mean(hits) > 0.9
+    assert benchmark.all_splits(values, 9, 0.8) == pytest.approx(np.mean(hits), abs=0.01)
+
+
+def test_the_measurement_sees_an_interval_that_is_too_narrow_and_scores_that_drift(benchmark, monkeypatch):
+    rng = np.random.default_rng(2)
+    values = list(rng.normal(size=1800))
+    honest = benchmark.measured([values], 9, 0.8)
+    assert honest["groups"] == 180 and honest["forecasts"] == 100 and honest["tied"] == 0
+    for name in ("covered_interval", "share_interval"):
+        assert honest[name][0] <= 0.8 <= honest[name][1]
+    drifting = benchmark.measured([[value + 0.3 * i for i, value in enumerate(values)]], 9, 0.8)
+    assert drifting["covered_interval"][1] < 0.8 and drifting["share_interval"][1] < 0.8
+    monkeypatch.setattr(forecast, "prediction_interval", lambda some, _: (sorted(some)[1], sorted(some)[-2]))
+    narrow = benchmark.measured([values], 9, 0.8)
+    assert narrow["all_splits"] == 0.6
+    assert narrow["covered_interval"][1] < 0.8 and narrow["share_interval"][1] < 0.75
+
+
+def test_groups_share_no_rehearsal_and_few_values_give_no_row(benchmark):
+    assert benchmark.one_more([0.0, 1.0, 2.0, 0.5] * 3, 3, 0.5) == (3, 3)
+    assert benchmark.many_more([0.0, 2.0, 1.0, 1.0, 1.5, 9.0] * 2, 3, 0.5) == [2 / 3, 2 / 3]
+    assert benchmark.measured([[1.0] * 35], 9, 0.8) is None
+    assert benchmark.measured([[float(i) for i in range(18)]] * 2, 9, 0.8)["forecasts"] == 2
+
+
+def test_the_benchmark_writes_a_record(benchmark, bench, lottery, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "public_bench", lambda *args: bench)
+    monkeypatch.setattr(tuning, "held_out_tasks", lambda *args: Tasks())
+    out = tmp_path / "coverage.json"
+    small = ["--share", "0.05", "--num-images", "20", "--forecast-images", "20", "--settings", "1", "--forecasts", "1"]
+    monkeypatch.setattr(sys, "argv", ["forecast_coverage", *small, "--out", str(out)])
+    monkeypatch.setattr(forecast, "SCORES", ("frechet_distance",))
+    benchmark.main()
+    record = json.loads(out.read_text())
+    assert [row["weights"] for row in record["rows"]] == ["glyphs", "all"]
+    assert len(record["values"][0]["scores"]["frechet_distance"]) == 36 == len(lottery) - 9
+    assert record["rows"][0]["groups"] == 3 and record["forecasts"][0]["num_rehearsals"] == 9
+    assert record["provenance"]["command"] == "python benchmarks/forecast_coverage.py"
