@@ -250,28 +250,98 @@ def waterfall(
     pair, epsilon
         Which private data, and the budget of the private steps.
     """
-    chosen = report.select(scores, pair)
-    steps = []
-    for method, private, text in _STEPS:
-        rows = report.select(chosen, pair, method=method, epsilon=epsilon if private else math.inf)
-        if len(rows):
-            steps.append((method, private, f"{text}, ε = {epsilon:g}" if private else text, rows))
+    steps = _steps_on_record(report.select(scores, pair), epsilon)
     figure, panels = plt.subplots(1, len(show), figsize=(9.6, 0.9 + 0.34 * len(steps)), sharey=True, squeeze=False)
     for axes, score in zip(panels[0], show, strict=True):
-        for place, (method, private, _, rows) in enumerate(steps):
-            known = rows[f"scores.{score}"].dropna().astype(float)
-            if known.empty:
-                continue
-            mean, spread = known.mean(), known.std() if len(known) > 1 else 0.0
-            colour = METHOD_COLOURS.get(method, "0.5")
-            axes.barh(place, mean, xerr=spread, color=colour, alpha=1.0 if private else 0.45, height=0.7)
-            axes.text(mean + spread, place, f" {report.value(rows, score)}", va="center", fontsize="x-small")
+        _draw_steps(axes, steps, score)
         axes.set_title(report.SCORE_LABELS.get(score, score), fontsize="small")
-        axes.margins(x=0.3)
-        axes.grid(axis="y", visible=False)
-    panels[0][0].set_yticks(range(len(steps)), [text for _, _, text, _ in steps], fontsize="x-small")
+    texts = [f"{text}, ε = {epsilon:g}" if private else text for _, private, text, _ in steps]
+    panels[0][0].set_yticks(range(len(steps)), texts, fontsize="x-small")
     panels[0][0].invert_yaxis()
     return figure
+
+
+def waterfalls(
+    scores: pd.DataFrame, epsilon: float, *, score: str = "frechet_distance", columns: int = 2, width: float = 5.6
+) -> Figure:
+    """`waterfall` for every private data set on record: a panel for each pair and number of private images.
+
+    A panel needs a step above the release (real images, or LoRA without privacy) and a private one. Behind a bar stand
+    its mean, the standard deviation over seeds and, in brackets, the number of seeds.
+
+    Parameters
+    ----------
+    scores
+        From `records.load_records`.
+    epsilon
+        The budget of the private steps.
+    score
+        One, since a single class has no accuracy.
+    columns, width
+        Panels in a row, and the width of each in inches.
+    """
+    falls: dict[tuple[str, int], list[_Step]] = {}
+    for place, rows in scores.groupby(["pair", "num_private"]):
+        steps = [step for step in _steps_on_record(rows, epsilon) if step[3][f"scores.{score}"].notna().any()]
+        if {step[0] for step in steps} & {"real", "lora_non_private"} and any(private for _, private, _, _ in steps):
+            falls[place] = steps
+    tall = [max(map(len, row)) for row in _in_rows(list(falls.values()), columns)] or [1]
+    figure, panels = plt.subplots(
+        len(tall), columns, figsize=(width * columns, sum(0.75 + 0.2 * steps for steps in tall)), squeeze=False,
+        height_ratios=[0.75 + 0.2 * steps for steps in tall],
+    )  # fmt: skip
+    for axes in panels.flat[len(falls) :]:
+        axes.set_axis_off()
+    for number, (axes, ((pair, size), steps)) in enumerate(zip(panels.flat, falls.items(), strict=False)):
+        _draw_steps(axes, steps, score, seeds=True)
+        features = ", ".join(sorted({str(name) for *_, rows in steps for name in rows["scores.features"].dropna()}))
+        axes.set_title(f"{winners.pair_name(pair)}, n = {size:,} [{features}]", fontsize="x-small")
+        axes.set_yticks(range(len(steps)), [_short_step(step, epsilon) for step in steps], fontsize="x-small")
+        axes.set_ylim(tall[number // columns] - 0.5, -0.5)  # bars of one height in a row of panels
+    return figure
+
+
+_Step = tuple[str, bool, str, pd.DataFrame]  # method, at the budget?, what the step adds, its records
+
+
+def _steps_on_record(chosen: pd.DataFrame, epsilon: float) -> list[_Step]:
+    """Those of `_STEPS` with records among ``chosen``."""
+    steps = []
+    for method, private, text in _STEPS:
+        budget = epsilon if private else math.inf
+        rows = chosen[(chosen["method"] == method) & (chosen["epsilon"] == budget)]
+        if len(rows):
+            steps.append((method, private, text, rows))
+    return steps
+
+
+def _draw_steps(axes: plt.Axes, steps: Sequence[_Step], score: str, *, seeds: bool = False) -> None:
+    """A bar for each step; pale without noise."""
+    for place, (method, private, _, rows) in enumerate(steps):
+        known = rows[f"scores.{score}"].dropna().astype(float)
+        if known.empty:
+            continue
+        mean, spread = known.mean(), known.std() if len(known) > 1 else 0.0
+        colour = METHOD_COLOURS.get(method, "0.5")
+        axes.barh(place, mean, xerr=spread, color=colour, alpha=1.0 if private else 0.45, height=0.7)
+        behind = f" ({len(known)})" if seeds else ""
+        axes.text(mean + spread, place, f" {report.value(rows, score)}{behind}", va="center", fontsize="x-small")
+    axes.margins(x=0.3)
+    axes.grid(axis="y", visible=False)
+
+
+def _short_step(step: _Step, epsilon: float) -> str:
+    """`real held-out images`, `LoRA, not private`, `ours nested, no noise`, `ours, ε = 1`."""
+    method, private, _, _ = step
+    if winners.is_ours(method):
+        return f"{_short(method)}, {f'ε = {epsilon:g}' if private else 'no noise'}"
+    return {"real": "real held-out images", "dp_embedding_sgd": "best adapters it can make"}.get(
+        method, report.METHOD_LABELS.get(method, method)
+    )
+
+
+def _in_rows(items: Sequence[Any], columns: int) -> list[Sequence[Any]]:
+    return [items[start : start + columns] for start in range(0, len(items), columns)]
 
 
 _PALE = 0.4  # of a colour's strength

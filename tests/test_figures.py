@@ -73,6 +73,35 @@ def test_waterfall_shows_the_steps_on_record_from_real_to_private(tmp_path) -> N
     assert len(accuracies.patches) == 3
 
 
+def test_waterfalls_have_a_panel_for_each_private_set_with_something_above_a_release(tmp_path) -> None:
+    def save(pair: str, size: int, method: str, epsilon: float | None, distance: float | None, seeds: int = 2) -> None:
+        for seed in range(seeds):
+            scores = {"frechet_distance": None if distance is None else distance + seed, "features": "net"}
+            Record(pair, method, epsilon, 1e-5, "add_or_remove_one", size, seed, scores=scores).save(tmp_path)
+
+    save("p-q", 128, "real", None, None)  # too few held-out images for a distance
+    save("p-q", 128, "lora_non_private", None, 9.0, seeds=1)
+    save("p-q", 128, "dp_deepsets_nested", None, 20.0)
+    save("p-q", 128, "dp_deepsets_nested", 1.0, 30.0)
+    save("p-q", 128, "dp_deepsets_nested", 10.0, 99.0)
+    save("p-q", 1437, "real", None, 4.0)
+    save("p-q", 1437, "dp_deepsets", 1.0, 35.0)
+    save("p-r", 128, "dp_deepsets", 1.0, 50.0)  # nothing above it: no panel
+    save("p-s", 128, "real", None, 1.0)  # no release: no panel
+    few, many = figures.waterfalls(load_records(tmp_path), 1.0).axes
+    assert few.get_title(loc="left") == "q (public: p), n = 128 [net]" and "1,437" in many.get_title(loc="left")
+    labels = [label.get_text() for label in few.get_yticklabels()]
+    assert labels == ["LoRA, not private", "ours nested, no noise", "ours nested, ε = 1"]
+    assert [bar.get_width() for bar in few.patches] == [9.0, 20.5, 30.5]
+    assert [text.get_text() for text in few.texts] == [" 9.0 (1)", " 20.5 ± 0.7 (2)", " 30.5 ± 0.7 (2)"]
+    assert few.get_ylim() == many.get_ylim() == (2.5, -0.5)
+
+
+def test_waterfalls_without_records_are_empty(tmp_path) -> None:
+    Record("p-s", "real", None, 1e-5, "add_or_remove_one", 128, 0, scores={"frechet_distance": 1.0}).save(tmp_path)
+    assert not any(axes.patches for axes in figures.waterfalls(load_records(tmp_path), 1.0).axes)
+
+
 def variant(group: str, text: str, minutes: float, distance: float, sd: float | None = 1.0) -> dict:
     """As `ablations.found` returns it."""
     score = {"epsilon": 1.0, "frechet_distance": {"mean": distance, "sd": sd}}
