@@ -1,6 +1,9 @@
 """Public training: a miniature from fonts to loadable weights, resumable; simulated sums have the release's law."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,3 +109,64 @@ def test_presets_train_at_the_sizes_and_noise_they_will_meet():
     for num_private, noise_multiplier in [(12, 3.73), (128, 7.03), (144, 3.73), (6000, 3.73), (144, 1.08)]:
         assert preset.set_size[0] <= num_private <= preset.set_size[1]
         assert low <= noise_multiplier / num_private <= high
+
+
+TWO = """
+import sys
+from pathlib import Path
+
+import torch
+
+from hyperdp_lib import training
+from hyperdp_lib.training import Loop, StageConfig
+
+torch.set_num_threads(1)
+training._join("cpu")
+number, count = training.rank()
+assert count == 2 and training.own_seed(5) != 5 or number == 0
+torch.manual_seed(0)
+loop = Loop("toy", [(torch.nn.Linear(3, 2), 1.0)], StageConfig(5, 1, 1, 0.1, 0.5), Path(sys.argv[1]))
+g = torch.Generator().manual_seed(7)
+
+
+def loss(step):
+    both = torch.randn(2, 4, 3, generator=g)  # each process takes its half
+    value = loop.modules[0](both[number]).square().mean()
+    return value, {"loss": value.detach()}
+
+
+loop.run(loss)
+torch.save([p.detach() for p in loop.parameters], Path(sys.argv[1]) / f"{number}.pt")
+"""
+
+
+def test_two_processes_take_the_steps_of_one_with_both_their_batches(tmp_path):
+    """Gradients are averaged: both end with the same parameters, those of one process that saw all images."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert (tmp_path / "toy.pt").is_file()
+
+    torch.manual_seed(0)
+    (tmp_path / "alone").mkdir()
+    loop = Loop("toy", [(torch.nn.Linear(3, 2), 1.0)], StageConfig(5, 2, 1, 0.1, 0.5), tmp_path / "alone")
+    g = torch.Generator().manual_seed(7)
+
+    def loss(step):
+        value = loop.modules[0](torch.randn(2, 4, 3, generator=g).flatten(0, 1)).square().mean()
+        return value, {"loss": value.detach()}
+
+    loop.run(loss)
+    for alone, together in zip(loop.parameters, first, strict=True):
+        assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_the_miniature_trains_in_bfloat16(tmp_path):
+    preset = dataclasses.replace(PRESETS["miniature"], precision="bfloat16")
+    _, hypernetwork = load_pretrained(train(preset, out=tmp_path))
+    assert all(torch.isfinite(value).all() for value in hypernetwork.state_dict().values())
+    with pytest.raises(InputError, match="float32, bfloat16"):
+        train(dataclasses.replace(preset, precision="int8"), out=tmp_path / "other")
