@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from hyperdp_lib import data, duplicates, glyphs, records
-from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, features_file
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, feature_network
 
 IMAGES_PER_TASK = 16
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--picture", type=Path, metavar="PNG", help="also write the closest pairs")
     try:
         options = parser.parse_args(arguments)
-        network = FeatureNetwork.from_pretrained(features_file(options.features))
+        network = feature_network(options.features)
         private = data.load_named_or_path(options.private, options.image_size, options.channels, labelled=False)
         public = public_images(options.public, options.image_size, options.channels, options.tasks)
         found = duplicates.check(public, private.images, network, progress=True)

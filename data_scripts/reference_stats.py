@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperdp_lib import data
-from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, features_file
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, feature_network
 from hyperdp_lib.reference_stats import ReferenceStatistics
 
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out.exists() and not options.overwrite:
             print(f"{options.out}: kept; --overwrite makes it again")
             return 0
-        network = FeatureNetwork.from_pretrained(features_file(options.features))
+        network = feature_network(options.features)
         images = data.load_named_or_path(options.images, network.image_size, network.channels, labelled=False).images
         name = options.images if options.images in data.NAMED_DATA_SETS else Path(options.images).name
         made = ReferenceStatistics.of(images, network, f"{name}, {network.image_size} x {network.image_size}")

@@ -10,6 +10,7 @@ The modules, in the order in which to read them:
 `image_files`       image folders and `.npz` files, and what is wrong with them
 `glyphs`            the public tasks, rendered from fonts
 `drawings`          public tasks from drawings by people
+`photographs`       public tasks from photographs in colour
 `embedding`         image -> vector of norm at most 1, one example at a time
 `mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
 `accounting`        (epsilon, delta) <-> noise multiplier
@@ -30,6 +31,7 @@ The modules, in the order in which to read them:
 `posterior`         what a noisy sum leaves open: draws of the clean mean
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
+`mobilenet`         features for colour photographs, from a file of one's own
 `reference_stats`   features of a reference set, summed up in a file
 `auditing`          attacks on the mechanism and on what it releases, and the mutants they must catch
 `private_scores`    scores that may be published: noisy, and charged
@@ -93,9 +95,11 @@ __all__ = [
     "lora_geometry",
     "lora_products",
     "mechanism",
+    "mobilenet",
     "nested",
     "notebook",
     "originals",
+    "photographs",
     "posterior",
     "private_scores",
     "records",

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 DEFAULT_HYPERNETWORK = "glyphs"
 DEFAULT_FEATURES = "glyphnet"
+_FEATURES_HELP = "what scores are computed in: a features.safetensors, or mobilenet_v2 for colour; default: {}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,7 +210,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     _check_input(real)
     from hyperdp_lib import data, evaluation, reference_stats
 
-    network = evaluation.FeatureNetwork.from_pretrained(features_file(options.features))
+    network = feature_network(options.features)
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
     if options.reference is not None and reference_stats.holds_statistics(options.reference):
@@ -321,6 +322,7 @@ def _compare(options: argparse.Namespace) -> None:
         num_private=options.num_private,
         seeds=range(options.seeds) if options.seed is None else [options.seed],
         hypernetwork=options.hypernetwork,
+        feature_network=None if options.features is None else feature_network(options.features),
         pair=options.pair,
         lookalikes=options.lookalikes,
         out=options.out,
@@ -585,6 +587,15 @@ def _base_model_name(hypernetwork: str) -> str:
     return f"hyperdp_lib/weights/{folder.name}/base" if folder.parent == WEIGHTS else f"{hypernetwork}/base"
 
 
+def feature_network(name_or_path: str) -> Any:
+    """What scores are computed in: the default one, a file's, or MobileNetV2."""
+    from hyperdp_lib import evaluation, mobilenet
+
+    if name_or_path == mobilenet.NAME:
+        return mobilenet.MobileNetV2.from_pretrained()
+    return evaluation.FeatureNetwork.from_pretrained(features_file(name_or_path))
+
+
 def features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
         from hyperdp_lib import hypernetwork
@@ -675,7 +686,7 @@ def _parser() -> Parser:
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
-    add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help="default: glyphnet")
+    add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help=_FEATURES_HELP.format("glyphnet"))
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")
     add("--private", required=True, metavar="NAME|IMAGES", help="private images, for example: digits")
@@ -692,6 +703,7 @@ def _parser() -> Parser:
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
     add("--settings", type=Path, metavar="JSON", help="settings of the methods, as hyperdp_lib.tuning writes them")
+    add("--features", metavar="NAME|PATH", help=_FEATURES_HELP.format("the network that belongs to the weights"))
     add("--jobs", type=int, default=1, help="processes that share the work, one thread each; default: 1")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the records' paths as JSON")

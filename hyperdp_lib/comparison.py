@@ -78,6 +78,8 @@ def compare(
         Private training images to use, evenly by class; default all.  This number is treated as declared.
     hypernetwork : str, path or (base model, hypernetwork)
         Pretrained name or folder.
+    feature_network : FeatureNetwork, optional
+        What scores are computed in; default the network that belongs to the weights.
     lookalikes : bool
         Whether retrieval may show the letters that look like digits. The shipped weights never saw them, so this
         gives an advantage to the control alone; the pair's name says which.
@@ -215,6 +217,11 @@ class _Grid:
         record = Record.from_json(path.read_text(encoding="utf-8"))
         same = {name: record.settings.get(name) for name in self.fixed} == dict(self.fixed)
         budget = (self.bench.delta, self.bench.neighboring_relation)
+        scored_in = record.scores.get("features")
+        if scored_in not in (None, self.bench.feature_network.name):
+            raise InputError(
+                f"{path.name} was scored in the features {scored_in}: choose another --out, or delete the old records."
+            )
         if not same or (record.delta, record.neighboring_relation) != budget:
             raise InputError(
                 f"{path.name} was made with other weights, delta or neighbouring relation: "

@@ -35,7 +35,7 @@ MAY_HOLD_PRIVATE_DATA = {
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
     "hypernetwork", "nested", "cells", "posterior", "refinement", "training", "tuning", "ablations", "forecast",
-    "glyphs", "drawings", "records", "figures", "report", "winners", "evidence", "claims",
+    "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report", "winners", "evidence", "claims",
     "comparison_tables", "notebook", "originals", "data_cards", "theory", "lora_geometry", "lora_products",
     "__init__", "__main__",
 )  # fmt: skip
