@@ -138,9 +138,9 @@ _PHOTOGRAPHS = Preset(
     # an hour of half a core: smaller batches than elsewhere, which learn more from so little
     features_stage=StageConfig(500, 128, 3, 1e-3),
     encoder_stage=StageConfig(700, 48, 16, 1e-3),
-    base_stage=StageConfig(1100, 32, 8, 2e-3),
-    joint_stage=StageConfig(1200, 32, 8, 1.5e-3),
-    codes_stage=StageConfig(400, 128, 3, 1e-3),
+    base_stage=StageConfig(800, 32, 8, 2e-3),
+    joint_stage=StageConfig(800, 32, 8, 1.5e-3),
+    codes_stage=StageConfig(300, 128, 3, 1e-3),
     pool_tasks=1024,
     fresh_tasks=6,
 )
