@@ -68,7 +68,7 @@ def training_rates(device: str, blocks: int, steps: int) -> dict[str, float]:
 
     def block(loss: Callable[[], torch.Tensor], modules: list[torch.nn.Module]) -> float:
         learned = [p for module in modules for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learned, 1e-5)
+        optimizer = torch.optim.AdamW(learned, 1e-5, fused=True)
         started = clock(device)
         for _ in range(steps):
             value = loss()
