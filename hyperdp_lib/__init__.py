@@ -29,6 +29,7 @@ The modules, in the order in which to read them:
 `nested`            a release with as many coordinates as declared size and noise support
 `cells`             several means instead of one, as far as declared size and noise support
 `posterior`         what a noisy sum leaves open: draws of the clean mean
+`neighbours`        a released adapter trained further on the public images nearest to the release
 `refinement`        better decoding of a release, from the release alone
 `evaluation`        research metrics, not differentially private
 `mobilenet`         features for colour photographs, from a file of one's own
@@ -96,6 +97,7 @@ __all__ = [
     "lora_products",
     "mechanism",
     "mobilenet",
+    "neighbours",
     "nested",
     "notebook",
     "originals",

@@ -420,25 +420,25 @@ def bank_source(
     tasks: Any, settings: Settings, name: str = "glyphs", lookalikes: bool = False
 ) -> Callable[[Any], controls.PublicBank]:
     """Makes the bank of an encoder at its first call; by default from the tasks that train the weights ``name``."""
-    made: dict[int, controls.PublicBank] = {}
+    made: dict[tuple[type, int], controls.PublicBank] = {}
 
     def bank(encoder: Any) -> controls.PublicBank:
-        size = encoder.config.dimension  # encoders of one comparison differ in this, if at all
-        if size not in made:
+        key = type(encoder), encoder.config.dimension  # encoders of one comparison differ in these, if at all
+        if key not in made:
             source = tasks
             if source is None:
                 from hyperdp_lib.training import PRESETS
 
                 config: Any = PRESETS[name].public_data if name in PRESETS else PRESETS["glyphs"].public_data
                 source = (dataclasses.replace(config, lookalikes=True) if lookalikes else config).tasks()
-            made[size] = controls.PublicBank.build(
+            made[key] = controls.PublicBank.build(
                 source,
                 encoder,
                 num_tasks=settings.bank_tasks,
                 images_per_task=settings.bank_images,
                 progress=True,
             )
-        return made[size]
+        return made[key]
 
     return bank
 

@@ -19,8 +19,9 @@ from .report import METHOD_LABELS, budget, numbers, order, select, value
 
 # methods whose whole private part is the one noisy sum of `controls.noisy_class_sums`; their records name no accountant
 _ONE_SUM = (
-    "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_cells",
-    "dp_deepsets_cells_refined", "nearest_public", "noisy_class_means",
+    "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined",
+    "dp_deepsets_neighbours", "dp_deepsets_draws", "dp_deepsets_cells", "dp_deepsets_cells_refined",
+    "nearest_public", "noisy_class_means",
 )  # fmt: skip
 
 

@@ -12,10 +12,14 @@ and what is known of theta after seeing m is again Gaussian (e.g. Bishop 2006, s
 
 n is the noisy count. Each draw is decoded as if it were a clean mean. Draws that look alike say that the noise did not
 matter; draws of different characters say that the release does not know which it was.
+
+Instead of one adapter a class may then be (`decode`) the mixture of its draws' adapters, one adapter with the average
+of their weight updates, or that of the posterior mean, the hypernetwork being told how uncertain it still is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.hypernetwork import noisy_count
 
 CLEAN = 0.01  # noise on the mean that the hypernetwork is told for a draw: little, as on a large data set's
@@ -61,6 +65,40 @@ class Prior:
         # an estimate: what sampling error made negative is no variance
         values, vectors = torch.linalg.eigh(between)
         return cls(means.mean(0), (vectors * values.clamp_min(0)) @ vectors.T, within)
+
+    @classmethod
+    def of_bank(cls, encoder: Any, bank: Any) -> Prior:
+        """From data sets of a `baselines.controls.PublicBank`: 1,000 of them, 12 images of each."""
+        return cls.fit(encoder, from_levels(bank.pixels[:1000, :12]))
+
+
+@dataclass(frozen=True)
+class DrawsConfig:
+    """Public choices of how what is left open is decoded.
+
+    Parameters
+    ----------
+    num_draws : int
+        Draws D of each class, at most 99. 0: the posterior mean itself, with its remaining uncertainty told as noise.
+    average : bool
+        One adapter a class, see `average`; by default a class is the mixture of D adapters.
+    """
+
+    num_draws: int = 8
+    average: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_draws <= 99:
+            raise InputError(f"num_draws must lie in 0 .. 99, got {self.num_draws}.")
+        if self.num_draws == 0:  # there is nothing to average: one and the same configuration
+            object.__setattr__(self, "average", False)
+
+    @property
+    def note(self) -> str:
+        """What the certificate says."""
+        many = f"{self.num_draws} draws of the clean mean, {'averaged' if self.average else 'mixed'}"
+        what = many if self.num_draws else "the posterior mean, with its uncertainty"
+        return f"decoded from {what}: post-processing with public models and public data, no further privacy cost"
 
 
 def posterior(
@@ -134,3 +172,66 @@ def decode_draws(
     device = next(hypernetwork.parameters()).device
     drawn_names = tuple(f"{name}/{number}" for name in names for number in range(num_draws))
     return hypernetwork(inputs.float().to(device), (CLEAN * counts[:, 0]).float().to(device), drawn_names).detach()
+
+
+@torch.no_grad()
+def decode_mean(
+    noisy_sum: np.ndarray | Tensor,
+    noise_std: float,
+    hypernetwork: Any,
+    prior: Prior,
+    *,
+    class_names: Sequence[str] = (),
+) -> Adapter:
+    """Adapters of the posterior means; as noise is told the root mean variance of a coordinate that is left."""
+    constant = hypernetwork.encoder.config.count_coordinate
+    means, covariances = posterior(noisy_sum, noise_std, prior, constant)
+    count = noisy_count(torch.as_tensor(noisy_sum).double(), noise_std, constant)
+    left = covariances.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0).sqrt()
+    inputs = torch.cat([constant * count[:, None], count[:, None] * means], 1)
+    device = next(hypernetwork.parameters()).device
+    names = tuple(class_names) or ("adapter",)
+    return hypernetwork(inputs.float().to(device), (left * count).float().to(device), names).detach()
+
+
+@torch.no_grad()
+def average(decoded: Adapter, class_names: Sequence[str]) -> Adapter:
+    """One adapter a class with the mean weight update of its members, which stand together.
+
+    The mean of D updates of rank r has rank up to D r. It is cut down to the best approximation of rank r, by singular
+    value decomposition (Eckart & Young 1936), so that the adapter is like any other. Layers are linear or convolutions
+    without groups.
+    """
+    classes, factors = len(class_names), {}
+    for layer, (a, b) in decoded.factors.items():
+        rows = a.flatten(2).unflatten(0, (classes, -1)).flatten(1, 2)  # (K, D r, in)
+        columns = b.flatten(2).unflatten(0, (classes, -1)).transpose(1, 2).flatten(2)  # (K, out, D r)
+        left, inner_left = torch.linalg.qr(columns * (classes / len(decoded)))
+        right, inner_right = torch.linalg.qr(rows.mT)
+        u, s, v = torch.linalg.svd(inner_left @ inner_right.mT, full_matrices=False)
+        r = a.shape[1]
+        root = s[:, :r].sqrt()
+        low_b, low_a = (left @ u[..., :r]) * root[:, None], root[:, :, None] * (v[:, :r] @ right.mT)
+        factors[layer] = (low_a.reshape(classes, *a.shape[1:]), low_b.reshape(classes, *b.shape[1:]))
+    return dataclasses.replace(decoded, factors=factors, names=tuple(class_names))
+
+
+def decode(
+    noisy_sum: np.ndarray | Tensor,
+    noise_std: float,
+    hypernetwork: Any,
+    prior: Prior,
+    config: DrawsConfig | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    generator: torch.Generator,
+) -> Adapter:
+    """Adapters of a released sum (K, k) from what it leaves open: one a class, or the D of a mixture for each."""
+    config = config or DrawsConfig()
+    names = tuple(class_names) or ("adapter",)
+    if config.num_draws == 0:
+        return decode_mean(noisy_sum, noise_std, hypernetwork, prior, class_names=names)
+    drawn = decode_draws(
+        noisy_sum, noise_std, hypernetwork, prior, config.num_draws, class_names=names, generator=generator
+    )
+    return average(drawn, names) if config.average else drawn

@@ -25,18 +25,22 @@ from hyperdp_lib.cells import NUMBERS
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
+from hyperdp_lib.posterior import DrawsConfig
 from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
 REFINEMENT = RefinementConfig(num_rounds=2, images_per_class=4, sampling_steps=2)
 SETTINGS = Settings(
-    num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=6, bank_images=8,
+    num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=70, bank_images=8,
     configs={
         "dp_lora": {1.0: QUICK},
         "lora_non_private": {math.inf: QUICK},
         "dp_deepsets_refined": {1.0: REFINEMENT},
         "dp_deepsets_nested_refined": {1.0: REFINEMENT},
+        "dp_deepsets_neighbours": {1.0: NeighboursConfig(num_sets=2, num_steps=2, images_per_step=4, sampling_steps=2)},
+        "dp_deepsets_draws": {1.0: DrawsConfig(num_draws=2)},
         "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
@@ -135,7 +139,7 @@ def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_pa
         if method != "noisy_class_means":
             assert record.scores["frechet_distance"] >= 0 and record.scores["features"] == "glyphnet"
         # what the certificate says belongs to the record; that of one noisy sum follows from its fields
-        if METHODS[method].default is not None and not method.endswith("_refined"):
+        if METHODS[method].default is not None and not method.startswith("dp_deepsets"):
             private_run = METHODS[method].private and epsilon is not None
             assert ("NOT PRIVATE" in record.settings["certificate"]) and record.settings["ledger"]
             assert (record.num_releases > 0) or not private_run

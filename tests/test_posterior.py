@@ -1,5 +1,7 @@
 """Draws of the clean mean: Gaussian algebra against an independent computation, and calibration by simulation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -121,3 +123,77 @@ def test_bad_input_is_said():
         )
     with pytest.raises(InputError, match="more tasks"):
         Prior.fit(Encoder(), torch.zeros(3, 2, K, 1, 1))
+
+
+def some_adapters(count, seed=0):
+    """Adapters of rank 2 of two small layers."""
+    from peft import LoraConfig
+
+    from hyperdp_lib.adapter import Adapter, lora_geometry
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7))
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1"])
+    geometry = lora_geometry(model, config)
+    factors = {m.name: (torch.randn(count, *m.a_shape), torch.randn(count, *m.b_shape)) for m in geometry.modules}
+    return Adapter(config, geometry, factors, tuple(map(str, range(count))))
+
+
+def updates(adapter):
+    return {name: b @ a for name, (a, b) in adapter.factors.items()}
+
+
+def test_the_average_is_the_best_of_its_rank():
+    """Against numpy's singular values of the mean update; the average of the factors is another matter."""
+    drawn = some_adapters(6)
+    made = posterior.average(drawn, ("a", "b"))
+    assert made.names == ("a", "b") and len(made) == 2
+    for name, update in updates(made).items():
+        mean = updates(drawn)[name].unflatten(0, (2, 3)).mean(1)
+        rest = np.linalg.svd(mean.numpy(), compute_uv=False)[:, 2:]
+        missed = (update - mean).square().sum((1, 2))
+        assert np.allclose(missed, np.square(rest).sum(1), rtol=1e-3)
+        a, b = (factor.unflatten(0, (2, 3)).mean(1) for factor in drawn.factors[name])
+        assert ((b @ a - mean).square().sum((1, 2)) > 1.5 * missed).all()  # the test can fail
+
+
+def test_the_average_of_equal_adapters_is_what_they_are():
+    one = some_adapters(1)
+    same = posterior.average(
+        dataclasses.replace(
+            one, factors={k: (a.repeat(4, 1, 1), b.repeat(4, 1, 1)) for k, (a, b) in one.factors.items()},
+            names=tuple("abcd"),
+        ),
+        ("x",),
+    )  # fmt: skip
+    for name, update in updates(same).items():
+        assert torch.allclose(update, updates(one)[name], atol=1e-4)
+
+
+def test_the_posterior_mean_is_told_what_is_left_open():
+    network, prior = Recorder(), some_prior()
+    sums = 1000 * np.concatenate([np.full((1, 1), COUNT), np.ones((1, K))], 1)
+    for noise_std in (50.0, 500.0):
+        posterior.decode(
+            sums, noise_std, network, prior, posterior.DrawsConfig(num_draws=0), generator=torch.Generator()
+        )
+        means, covariances = posterior.posterior(sums, noise_std, prior, COUNT)
+        asked, told, names = network.asked
+        assert names == ("adapter",) and np.allclose(asked[:, 1:] / 1000, means, atol=1e-5)
+        assert np.allclose(told.square() / 1000**2, torch.diagonal(covariances[0]).mean(), rtol=1e-4)
+        assert told < noise_std + 40  # no more than the noise, and the spread of images
+
+
+def test_a_mixture_has_its_draws_side_by_side():
+    network = Recorder()
+    sums = 1000 * np.concatenate([np.full((2, 1), COUNT), np.ones((2, K))], 1)
+    config = posterior.DrawsConfig(num_draws=3)
+    posterior.decode(
+        sums, 1.0, network, some_prior(), config, class_names=("a", "b"), generator=torch.Generator().manual_seed(0)
+    )
+    assert network.asked[2] == ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2")
+    assert "3 draws of the clean mean, mixed" in config.note and "no further privacy cost" in config.note
+    none = posterior.DrawsConfig(0)
+    assert posterior.DrawsConfig(0, average=True) == none and "posterior mean" in none.note
+    with pytest.raises(InputError, match="num_draws"):
+        posterior.DrawsConfig(100)

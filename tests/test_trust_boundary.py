@@ -34,8 +34,9 @@ MAY_HOLD_PRIVATE_DATA = {
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "nested", "cells", "posterior", "refinement", "training", "tuning", "ablations", "forecast",
-    "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report", "winners", "evidence", "claims",
+    "hypernetwork", "nested", "cells", "posterior", "neighbours", "refinement", "training", "tuning", "ablations",
+    "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report", "winners", "evidence",
+    "claims",
     "comparison_tables", "notebook", "originals", "data_cards", "theory", "lora_geometry", "lora_products",
     "__init__", "__main__",
 )  # fmt: skip
