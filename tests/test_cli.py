@@ -600,9 +600,10 @@ def test_a_declared_size_decides_the_coordinates_and_stands_in_the_ledger(digit_
     refined = tmp_path / "refined"
     asked = ["--hypernetwork", "glyphs-nested", "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
     assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
-    drawn = [*asked[:2], "--how", "draws", "--num-draws", "3", "--num-samples", "0", "--out", str(tmp_path / "drawn")]
-    assert cli.main(["refine", str(tmp_path / "12"), *drawn]) == 0 and cli.main(["verify", str(tmp_path / "drawn")]) == 0
-    assert json.loads((tmp_path / "drawn" / "parts.json").read_text()) == {f"part_0{i}": 1 for i in (1, 2, 3)}
+    drawn = tmp_path / "drawn"
+    asked = [*asked[:2], "--how", "draws", "--num-draws", "3", "--num-samples", "0", "--out", str(drawn)]
+    assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(drawn)]) == 0
+    assert json.loads((drawn / "parts.json").read_text()) == {f"part_0{i}": 1 for i in (1, 2, 3)}
     capsys.readouterr()
     refused(*command, "--declared-size", "0", "--out", tmp_path / "x", expect="--declared-size")
 
