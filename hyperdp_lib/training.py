@@ -135,7 +135,7 @@ _PHOTOGRAPHS = Preset(
     base=BaseModelConfig(channels=3),
     nested=True,
     feature_network="photonet",
-    # an hour of half a core: smaller batches than elsewhere, which learn more from so little
+    # three quarters of an hour of a shared core: smaller batches than elsewhere, which learn more from so little
     features_stage=StageConfig(500, 128, 3, 1e-3),
     encoder_stage=StageConfig(700, 48, 16, 1e-3),
     base_stage=StageConfig(800, 32, 8, 2e-3),
@@ -158,6 +158,7 @@ _PHOTOGRAPHS_32 = dataclasses.replace(
     codes_stage=StageConfig(4000, 256, 3, 1e-3),
     pool_tasks=2048,
     fresh_tasks=12,
+    precision="bfloat16",
 )
 
 PRESETS = {
