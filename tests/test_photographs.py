@@ -167,6 +167,10 @@ def test_without_the_file_it_says_what_to_do(monkeypatch, tmp_path):
 def test_the_presets_differ_as_said():
     small, overlap, large = (PRESETS[name] for name in ("photographs", "photographs-overlap", "photographs-32"))
     assert dataclasses.replace(overlap, public_data=small.public_data) == small and overlap.public_data.overlap
+    drawn = PRESETS["drawings-32"]
+    assert dataclasses.replace(drawn, **{name: getattr(large, name) for name in ("public_data", "encoder", "base")},
+                               feature_network="photonet") == large  # fmt: skip
+    assert drawn.public_data.image_size == drawn.base.image_size == 32 and drawn.base.channels == 1
     for preset in (small, overlap, large, PRESETS["photographs-miniature"]):
         sides = {preset.public_data.image_size, preset.encoder.image_size, preset.base.image_size}
         assert len(sides) == 1 and preset.encoder.channels == preset.base.channels == 3 and preset.nested
