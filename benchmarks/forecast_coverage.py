@@ -14,7 +14,7 @@ independent seeds, are told apart in three ways, for intervals from R rehearsals
 
 The scores take few samples, and differ from those of a real forecast by that; the promise is about any score. The
 last part forecasts with as many samples as the records of the book have, for the page that holds them against the
-scores of private data, which nobody promised to cover. Needs ``HYPERDP_DATA``, for the public drawings; half an hour
+scores of private data, which nobody promised to cover. Needs ``HYPERDP_DATA``, for the public drawings; forty minutes
 on one core.
 """
 
@@ -113,30 +113,25 @@ def binomial_interval(hits: int, trials: int) -> list[float]:
     return [round(float(bound), 4) for bound in (found.low, found.high)]
 
 
-def mean_interval(shares: Sequence[float]) -> list[float] | None:
-    """Student's t, cut to [0, 1]; None for fewer than two groups."""
-    if len(shares) < 2:
-        return None
+def mean_interval(shares: Sequence[float]) -> list[float]:
+    """Student's t over two groups or more, cut to [0, 1]."""
     half = float(stats.sem(shares) * stats.t.ppf((1 + LEVEL) / 2, len(shares) - 1))
     mean = float(np.mean(shares))
     return [round(max(mean - half, 0.0), 4), round(min(mean + half, 1.0), 4)]
 
 
-def measured(parts: Sequence[Sequence[float]], count: int, coverage: float) -> dict[str, Any] | None:
-    """All three counts of one score; ``parts`` are the values of one setting or several. None if they are too few."""
-    counted = [one_more(values, count, coverage) for values in parts]
-    hits, groups = (sum(column) for column in zip(*counted, strict=True))
-    shares = [share for values in parts for share in many_more(values, count, coverage)]
+def measured(values: Sequence[float], count: int, coverage: float) -> dict[str, Any] | None:
+    """All three counts of one score of one setting; None if there are too few values."""
+    hits, groups = one_more(values, count, coverage)
+    shares = many_more(values, count, coverage)
     if len(shares) < 2:
         return None
-    tied = sum(times for values in parts for times in Counter(values).values() if times > 1)
-    splits = [all_splits(values, count, coverage) for values in parts]
+    tied = sum(times for times in Counter(values).values() if times > 1)
     return {
         "rehearsals": count, "promised": coverage,
         "groups": groups, "covered": hits, "covered_interval": binomial_interval(hits, groups),
         "forecasts": len(shares), "share": round(float(np.mean(shares)), 4), "share_interval": mean_interval(shares),
-        "all_splits": round(float(np.average(splits, weights=[len(values) for values in parts])), 4),
-        "tied": round(tied / sum(map(len, parts)), 4),
+        "all_splits": round(all_splits(values, count, coverage), 4), "tied": round(tied / len(values), 4),
     }  # fmt: skip
 
 
@@ -159,15 +154,12 @@ def values_of(scores: Sequence[dict[str, Any]], setting: Setting) -> dict[str, l
 
 
 def rows_of(found: Sequence[tuple[Setting, dict[str, list[float]]]]) -> Iterable[dict[str, Any]]:
-    """A row for each setting, score and interval, and for the Fréchet distance of all settings together."""
+    """A row for each setting, score and interval. Settings share stand-ins, so their counts cannot be added up."""
     for setting, values in found:
         for score, mine in values.items():
             for count, coverage in INTERVALS:
-                if told := measured([mine], count, coverage):
+                if told := measured(mine, count, coverage):
                     yield {**dataclasses.asdict(setting), "score": score, **told}
-    for count, coverage in INTERVALS:
-        if told := measured([values["frechet_distance"] for _, values in found], count, coverage):
-            yield {"weights": "all", "score": "frechet_distance", **told}
 
 
 def main() -> None:

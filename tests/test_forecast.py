@@ -170,14 +170,14 @@ def test_all_splits_counts_what_a_loop_counts_with_ties(benchmark):
 def test_the_measurement_sees_an_interval_that_is_too_narrow_and_scores_that_drift(benchmark, monkeypatch):
     rng = np.random.default_rng(2)
     values = list(rng.normal(size=1800))
-    honest = benchmark.measured([values], 9, 0.8)
+    honest = benchmark.measured(values, 9, 0.8)
     assert honest["groups"] == 180 and honest["forecasts"] == 100 and honest["tied"] == 0
     for name in ("covered_interval", "share_interval"):
         assert honest[name][0] <= 0.8 <= honest[name][1]
-    drifting = benchmark.measured([[value + 0.3 * i for i, value in enumerate(values)]], 9, 0.8)
+    drifting = benchmark.measured([value + 0.3 * i for i, value in enumerate(values)], 9, 0.8)
     assert drifting["covered_interval"][1] < 0.8 and drifting["share_interval"][1] < 0.8
     monkeypatch.setattr(forecast, "prediction_interval", lambda some, _: (sorted(some)[1], sorted(some)[-2]))
-    narrow = benchmark.measured([values], 9, 0.8)
+    narrow = benchmark.measured(values, 9, 0.8)
     assert narrow["all_splits"] == 0.6
     assert narrow["covered_interval"][1] < 0.8 and narrow["share_interval"][1] < 0.75
 
@@ -185,8 +185,8 @@ def test_the_measurement_sees_an_interval_that_is_too_narrow_and_scores_that_dri
 def test_groups_share_no_rehearsal_and_few_values_give_no_row(benchmark):
     assert benchmark.one_more([0.0, 1.0, 2.0, 0.5] * 3, 3, 0.5) == (3, 3)
     assert benchmark.many_more([0.0, 2.0, 1.0, 1.0, 1.5, 9.0] * 2, 3, 0.5) == [2 / 3, 2 / 3]
-    assert benchmark.measured([[1.0] * 35], 9, 0.8) is None
-    assert benchmark.measured([[float(i) for i in range(18)]] * 2, 9, 0.8)["forecasts"] == 2
+    assert benchmark.measured([1.0] * 35, 9, 0.8) is None
+    assert benchmark.measured([float(i) for i in range(36)], 9, 0.8)["forecasts"] == 2
 
 
 def test_the_benchmark_writes_a_record(benchmark, bench, lottery, monkeypatch, tmp_path):
@@ -198,7 +198,7 @@ def test_the_benchmark_writes_a_record(benchmark, bench, lottery, monkeypatch, t
     monkeypatch.setattr(forecast, "SCORES", ("frechet_distance",))
     benchmark.main()
     record = json.loads(out.read_text())
-    assert [row["weights"] for row in record["rows"]] == ["glyphs", "all"]
+    assert [row["weights"] for row in record["rows"]] == ["glyphs"]
     assert len(record["values"][0]["scores"]["frechet_distance"]) == 36 == len(lottery) - 9
     assert record["rows"][0]["groups"] == 3 and record["forecasts"][0]["num_rehearsals"] == 9
     assert record["provenance"]["command"] == "python benchmarks/forecast_coverage.py"
