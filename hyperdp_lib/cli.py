@@ -390,8 +390,7 @@ def _train(options: argparse.Namespace) -> None:
     weights = training.train(
         options.preset, device=options.device, out=options.out, resume=not options.restart
     )
-    if training.rank()[0] == 0:
-        print(f"wrote {weights}")
+    print(f"wrote {weights}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hyperdp_lib import accounting, diffusion, ledger, mechanism, release
+from hyperdp_lib import accounting, diffusion, embedding, ledger, mechanism, release
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls, dp_hybrid, dp_lora, dp_sgd
 from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig, split_budget
@@ -185,7 +185,7 @@ def test_the_certificate_states_the_budget_and_two_charges():
 def test_one_example_moves_each_part_by_at_most_its_clip_norm():
     """The mechanism's sum and one gradient step at the decoded adapter, with and without an example."""
     base, network = models()
-    codes = [release.embed_batches(network.encoder, [images()[:n]]) for n in (5, 6)]
+    codes = [embedding.embed_batches(network.encoder, [images()[:n]]) for n in (5, 6)]
     exact = [mechanism.noisy_sum([(next(c), None)], mechanism.GaussianSum(K, 0.0), seed=0) for c in codes]
     assert 0.99 < np.linalg.norm(exact[1] - exact[0]) <= 1.0
     start = release.decode(exact[1], 1.0, network, ("a",))
