@@ -144,18 +144,14 @@ class DrawingTasks(GlyphTasks):
             if kind < 0.45:
                 pool, weights = mine, torch.ones(len(mine))
             elif kind < 0.65:
-                anchor = self._looks[mine[torch.randint(len(mine), (), generator=g)]]
-                few = max(2, int(len(mine) * (0.05 + 0.35 * torch.rand((), generator=g))))
-                near = (self._looks[mine] - anchor).square().sum(1).topk(few, largest=False).indices
-                pool, weights = mine[near], torch.ones(few)
+                pool = look_alikes(mine, self._looks[mine], g)
+                weights = torch.ones(len(pool))
             else:
                 group = torch.tensor(self._group_of[first])
                 most = int(torch.randint(2, 6, (), generator=g)) if kind < 0.9 else 30
                 others = group[torch.randperm(len(group), generator=g)[: most - 1]].tolist()
                 parts = [self._members[number] for number in dict.fromkeys([first, *others])]
-                shares = torch.rand(len(parts), generator=g) + 0.2
-                pool, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
-                weights = (shares / sizes).repeat_interleave(sizes)
+                pool, weights = mixed(parts, g)
             chosen[t] = pool[torch.multinomial(weights, per_task, replacement=True, generator=g)]
         return chosen
 
@@ -185,6 +181,20 @@ class DrawingTasks(GlyphTasks):
         level = task(0.5, 1.1)[:, None, None] + 0.1 * torch.randn(len(ink), 1, 1, generator=g)
         shaded = ink * (level + task(0.0, 0.35)[:, None, None] * field).clamp(0.1, 1.0)
         return torch.where(coin(0.35)[:, None, None], shaded, ink)
+
+
+def look_alikes(members: Tensor, looks: Tensor, g: torch.Generator) -> Tensor:
+    """Of the members (N,) of a class a random one and those that look most like it (N, D): 5 to 40 %, at least two."""
+    anchor = looks[torch.randint(len(members), (), generator=g)]
+    few = max(2, int(len(members) * (0.05 + 0.35 * torch.rand((), generator=g))))
+    return members[(looks - anchor).square().sum(1).topk(few, largest=False).indices]
+
+
+def mixed(parts: Sequence[Tensor], g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Members of several classes together (N,), and weights (N,) that give each class a share at random."""
+    shares = torch.rand(len(parts), generator=g) + 0.2
+    sizes = torch.tensor([len(part) for part in parts])
+    return torch.cat(list(parts)), (shares / sizes).repeat_interleave(sizes)
 
 
 def turn(pictures: Tensor, way: int) -> Tensor:

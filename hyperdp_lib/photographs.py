@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hyperdp_lib import data_sets
 from hyperdp_lib.data import InputError, from_levels, resize, to_levels
+from hyperdp_lib.drawings import look_alikes, mixed
 from hyperdp_lib.glyphs import share_of
 
 OVERLAPPING = {
@@ -190,15 +191,11 @@ class PhotographTasks:
             if kind < 0.4:
                 pool, weights = mine, torch.ones(len(mine))
             elif kind < 0.65:
-                anchor = self._looks[mine[torch.randint(len(mine), (), generator=g)]]
-                few = max(2, int(len(mine) * (0.05 + 0.35 * torch.rand((), generator=g))))
-                near = (self._looks[mine] - anchor).square().sum(1).topk(few, largest=False).indices
-                pool, weights = mine[near], torch.ones(few)
+                pool = look_alikes(mine, self._looks[mine], g)
+                weights = torch.ones(len(pool))
             else:
                 parts = [self._members[number] for number in self._together(first, kind, g)]
-                shares = torch.rand(len(parts), generator=g) + 0.2
-                pool, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
-                weights = (shares / sizes).repeat_interleave(sizes)
+                pool, weights = mixed(parts, g)
             # none twice in a task while there are others: fifty sharp copies are no data set
             enough = len(pool) >= 2 * per_task
             rows[t] = pool[torch.multinomial(weights, per_task, replacement=not enough, generator=g)]
