@@ -416,6 +416,13 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
     return base_model.to(device), network.to(device), feature_network.to(device), found
 
 
+def public_data(name: str) -> Any:
+    """What the tasks are made of that train the weights of this name; of weights by any other name, the glyphs."""
+    from hyperdp_lib.training import PRESETS
+
+    return PRESETS[name if name in PRESETS else "glyphs"].public_data
+
+
 def bank_source(
     tasks: Any, settings: Settings, name: str = "glyphs", lookalikes: bool = False
 ) -> Callable[[Any], controls.PublicBank]:
@@ -427,9 +434,7 @@ def bank_source(
         if key not in made:
             source = tasks
             if source is None:
-                from hyperdp_lib.training import PRESETS
-
-                config: Any = PRESETS[name].public_data if name in PRESETS else PRESETS["glyphs"].public_data
+                config = public_data(name)
                 source = (dataclasses.replace(config, lookalikes=True) if lookalikes else config).tasks()
             made[key] = controls.PublicBank.build(
                 source,

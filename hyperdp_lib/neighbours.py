@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hyperdp_lib import diffusion, embedding
+from hyperdp_lib import diffusion, embedding, release
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.baselines.controls import PublicBank
 from hyperdp_lib.data import InputError, from_levels
@@ -155,10 +155,8 @@ def decode_near(
     """
     config = config or NeighboursConfig()
     encoder = hypernetwork.encoder
-    device = next(hypernetwork.parameters()).device
     with torch.no_grad():
-        released = torch.as_tensor(noisy_sum).to(device, torch.float32)
-        adapter = hypernetwork(released, noise_std, tuple(class_names) or ("adapter",)).detach()
+        adapter = release.decode(np.asarray(noisy_sum), noise_std, hypernetwork, class_names)
     prior = Prior.of_bank(encoder, bank)
     means, _ = posterior(noisy_sum, noise_std, prior, encoder.config.count_coordinate)
     images = nearest_images(means, bank, encoder, config)

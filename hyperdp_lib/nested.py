@@ -256,10 +256,15 @@ def directions(encoder: Encoder, features: FeatureNetwork, tasks: Tensor) -> tup
     """Centre (D,) and leading 64 directions (D, 64) in which the means of public tasks (T, M, C, H, W) differ."""
     raw = torch.cat([_both(encoder, features, part) for part in tasks.flatten(0, 1).split(embedding.CHUNK)])
     means = raw.view(*tasks.shape[:2], -1).mean(1)
-    split = features.dimension
-    weights = torch.ones(raw.shape[1])
-    for part, share in ((slice(None, split), SHARES[0]), (slice(split, None), SHARES[1])):
-        weights[part] = share / means[:, part].var(0).sum().sqrt()
+    return _leading(means, [features.dimension, raw.shape[1] - features.dimension], SHARES)
+
+
+def _leading(means: Tensor, sizes: Sequence[int], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Centre (D,) of means (T, D) and their leading 64 directions (D, 64), each block scaled to its share first."""
+    weights = torch.cat([
+        torch.full((part.shape[1],), share) / part.var(0).sum().sqrt()
+        for part, share in zip(means.split(list(sizes), 1), shares, strict=True)
+    ])  # fmt: skip
     centre = means.mean(0)
     _, _, rows = torch.linalg.svd((means - centre) * weights, full_matrices=False)
     return centre, weights[:, None] * rows[: COORDINATES[-1]].T
@@ -287,15 +292,8 @@ def richer(nested: NestedEncoder, tasks: Tensor, blocks: Blocks, *, seed: int = 
     raw = further(codes, prototypes)
     means = raw.view(*tasks.shape[:2], -1).mean(1)
     pairs = LEADING * (LEADING + 1) // 2
-    weights = torch.cat([
-        torch.full((part.shape[1],), share) / part.var(0).sum().sqrt()
-        for part, share in zip(
-            means.split([COORDINATES[-1], pairs, PROTOTYPES], 1), (1.0, blocks.moments, blocks.votes), strict=True
-        )
-    ])  # fmt: skip
-    middle = means.mean(0)
-    _, _, rows = torch.linalg.svd((means - middle) * weights, full_matrices=False)
-    return RicherEncoder(nested, prototypes, middle, weights[:, None] * rows[: COORDINATES[-1]].T)
+    sizes, shares = (COORDINATES[-1], pairs, PROTOTYPES), (1.0, blocks.moments, blocks.votes)
+    return RicherEncoder(nested, prototypes, *_leading(means, sizes, shares))
 
 
 def load_nested(folder: Path, base_model: nn.Module, manifest: Mapping[str, Any]) -> NestedHyperNetwork:

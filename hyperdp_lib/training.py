@@ -85,6 +85,10 @@ class StageConfig:
     learning_rate: float
     ema: float = 0.998
 
+    def rate(self, steps: int, seconds: float) -> float:
+        """Images per second of all processes together."""
+        return steps * self.tasks * self.images * rank()[1] / max(seconds, 1e-9)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -237,6 +241,12 @@ def own_seed(seed: int) -> int:
     return seed + 1_000_003 * rank()[0]
 
 
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if rank()[1] > 1:
+        torch.distributed.barrier()
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace gradients by their mean over all processes."""
     if rank()[1] == 1:
@@ -296,13 +306,6 @@ class Loop:
         warm_up = min(300, max(1, self.config.steps // 20))
         progress = (step - warm_up) / max(1, self.config.steps - warm_up)
         return (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * progress))
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Of all processes, since the stage began; None before its first line."""
-        if not self.seconds:
-            return None
-        return self.step * self.config.tasks * self.config.images * rank()[1] / self.seconds
 
     def save(self) -> None:
         """Checkpoint, atomically, by the first process."""
@@ -364,9 +367,8 @@ class Loop:
                     self.history.append(row)
                     self.save()
                     if rank()[0] == 0:
-                        bar.write(f"{self.name}: {row}, {self.images_per_second:.0f} images/s")
-        if rank()[1] > 1:
-            torch.distributed.barrier()  # nobody reads the checkpoint before it is written
+                        bar.write(f"{self.name}: {row}, {self.config.rate(self.step, self.seconds):.0f} images/s")
+        wait_for_all()  # nobody reads the checkpoint before it is written
 
     def _with_average(self, check: Callable[[], dict]) -> dict:
         current = {k: v.clone() for k, v in self.modules.state_dict().items()}
@@ -629,8 +631,7 @@ def train(
     if not resume:
         for stage in stages:
             (out / f"{stage}.pt").unlink(missing_ok=True)
-        if rank()[1] > 1:
-            torch.distributed.barrier()
+        wait_for_all()
     settings = json.dumps(asdict(preset), indent=2)
     if (out / "preset.json").exists() and (out / "preset.json").read_text() != settings:
         raise InputError(f"{out} holds another preset's training: choose another folder with --out")
@@ -692,11 +693,10 @@ def write_weights(
     for stage in STAGES:
         state = torch.load(out / f"{stage}.pt", weights_only=True)
         config: StageConfig = getattr(preset, f"{stage}_stage")
-        images = state["step"] * config.tasks * config.images
         logs[stage] = {
             "steps": state["step"],
             "seconds": round(state["seconds"]),
-            "images_per_second": round(images * rank()[1] / max(state["seconds"], 1e-9)),
+            "images_per_second": round(config.rate(state["step"], state["seconds"])),
             "last": json.loads(state["history"])[-1],
         }
     device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"

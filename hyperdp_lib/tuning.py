@@ -264,10 +264,7 @@ def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
 
 def held_out_tasks(hypernetwork: str = "glyphs") -> controls.PublicTasks:
     """Held-out tasks of the public data that these weights were trained on: what stand-ins are drawn from."""
-    from hyperdp_lib.training import PRESETS
-
-    name = comparison.weights_name(hypernetwork)
-    return PRESETS[name if name in PRESETS else "glyphs"].public_data.tasks("held_out")
+    return comparison.public_data(comparison.weights_name(hypernetwork)).tasks("held_out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
