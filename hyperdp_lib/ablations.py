@@ -27,6 +27,7 @@ import torch
 
 from hyperdp_lib import comparison, evaluation, records
 from hyperdp_lib.data import InputError
+from hyperdp_lib.diffusion import BaseModelConfig
 from hyperdp_lib.hypernetwork import features_file
 from hyperdp_lib.training import PRESETS, STAGES, Preset, StageConfig, train
 
@@ -79,6 +80,9 @@ VARIANTS: Mapping[str, Variant] = {
     "r16": Variant("rank", "r = 16", _hypernetwork(r=16, lora_alpha=16)),
     "attention": Variant("layers", "attention only", _hypernetwork(target_modules=ATTENTION)),
     "modulation": Variant("layers", "adaLN modulation only", _hypernetwork(target_modules=MODULATION)),
+    "base-shallow": Variant("base model", "two layers, not four", {"base": BaseModelConfig(num_layers=2)}),
+    "hypernetwork-small": Variant("capacity", "a quarter as wide", _hypernetwork(hidden=64, head_width=24)),
+    "hypernetwork-large": Variant("capacity", "twice as wide", _hypernetwork(hidden=512, head_width=192)),
     "bank300": Variant("public tasks", "a fixed bank of 300", {"pool_tasks": 300, "fresh_tasks": 0}),
     "bank2048": Variant("public tasks", "a fixed bank of 2,048", {"fresh_tasks": 0}),
     "encoder-noiseless": Variant("noise", "encoder trained without noise", {"encoder_noise": NO_NOISE}),
@@ -139,7 +143,7 @@ def _command(name: str) -> str:
 def _share_stages(preset: Preset, reference: Preset, source: Path, folder: Path) -> None:
     """Take over the checkpoints of stages that nothing changed in, if the reference has them."""
     same_encoder = (preset.encoder, preset.encoder_noise) == (reference.encoder, reference.encoder_noise)
-    shared = {"features": True, "encoder": same_encoder, "base": True}
+    shared = {"features": True, "encoder": same_encoder, "base": preset.base == reference.base}
     for stage, same in shared.items():
         there = source / f"{stage}.pt"
         if same and preset.seed == reference.seed and there.is_file() and not (folder / there.name).exists():
