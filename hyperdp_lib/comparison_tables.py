@@ -25,34 +25,6 @@ _ONE_SUM = (
 )  # fmt: skip
 
 
-def sets_table(
-    scores: pd.DataFrame,
-    pairs: Mapping[str, str],
-    num_private: int,
-    epsilons: Iterable[float],
-    score: str = "frechet_distance",
-) -> str:
-    """One score of several private sets side by side: a row per method, a column per set and epsilon.
-
-    Parameters
-    ----------
-    pairs
-        Public-private pair -> name of its columns.
-    """
-    chosen = scores[(scores["num_private"] == num_private) & scores["pair"].isin(tuple(pairs))]
-    if chosen.empty:
-        return "*No records at these parameters.*"
-    columns = list(itertools.product(pairs, dict.fromkeys(epsilons)))
-    lines = [
-        "| method | " + " | ".join(f"{pairs[pair]}, ε = {budget(epsilon)}" for pair, epsilon in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for method in order(set(chosen["method"])):
-        cells = (value(select(chosen, pair, method=method, epsilon=epsilon), score) for pair, epsilon in columns)
-        lines.append(f"| {METHOD_LABELS.get(method, method)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def common_table(scores: pd.DataFrame, pair: str) -> str:
     """Everything about every cell as a Markdown table: a row per method, epsilon and number of images.
 

@@ -7,6 +7,7 @@ All scores are research metrics: they are computed on private test data and are 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,6 +52,22 @@ SCORE_LABELS = {
 MAIN_PAIR = "glyphs-digits-no-lookalikes"
 # the same trained weights; only the bank of the retrieval control also holds the look-alikes
 LOOKALIKE_PAIR = "glyphs-digits"
+# one unlabelled private set of ``FEW`` images, the paper's regime: pair -> what the reader sees
+FEW = 128
+GLYPH_SETS = {
+    "glyphs-digits-3-no-lookalikes": "one digit",
+    "glyphs-digits-all-no-lookalikes": "all digits",
+    "glyphs-fashion-mnist-T-shirt-no-lookalikes": "T-shirts",
+}
+DRAWING_SETS = {
+    "drawings-mnist-3": "one digit of MNIST",
+    "drawings-mnist-all": "all digits of MNIST",
+    "drawings-fashion-mnist-T-shirt": "T-shirts",
+}
+PHOTOGRAPH_SETS = {
+    "photographs-cifar10-jpeg-horse": "horses (JPEG)",
+    "photographs-cifar10-jpeg-all": "all ten classes (JPEG)",
+}
 # what the method is judged against, and by which score; the last makes no images
 RIVALS = (
     ("dp_lora", "accuracy"),
@@ -125,7 +142,7 @@ def value(scores: pd.DataFrame, score: str) -> str:
     return f"{text} ± {known.std():.{digits}f}" if len(known) > 1 else text
 
 
-def score_table(scores: pd.DataFrame, pair: str, score: str) -> str:
+def score_table(scores: pd.DataFrame, pair: str, score: str, *, against: str | None = None) -> str:
     """One score as a Markdown table: a row per method, a column per epsilon, mean ± standard deviation over seeds.
 
     Parameters
@@ -137,19 +154,66 @@ def score_table(scores: pd.DataFrame, pair: str, score: str) -> str:
     score
         `"accuracy"`, `"frechet_distance"`, `"precision"` or `"recall"`. Methods without it (a classifier has no
         Fréchet distance) get no row.
+    against
+        Method that the others are marked against in every column, see `mark`.
     """
     chosen = select(scores, pair)
     chosen = chosen.loc[_known(chosen, score).index]
     if chosen.empty:
         return f"*No {score_name(score)} of {pair} on record: `hyperdp compare` makes records.*"
-    budgets = sorted(set(chosen["epsilon"]))
-    head = [f"{SCORE_LABELS.get(score, score)}, by ε", *map(budget, budgets)]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(budgets)]
-    for method in order(set(chosen["method"])):
-        mine = chosen[chosen["method"] == method]
-        cells = [value(mine[mine["epsilon"] == epsilon], score) for epsilon in budgets]
-        lines.append("| " + " | ".join([METHOD_LABELS.get(method, method), *cells]) + " |")
+    places = {budget(epsilon): select(chosen, pair, epsilon=epsilon) for epsilon in sorted(set(chosen["epsilon"]))}
+    return _side_by_side(f"{SCORE_LABELS.get(score, score)}, by ε", places, score, against)
+
+
+def sets_table(
+    scores: pd.DataFrame,
+    pairs: Mapping[str, str],
+    epsilons: Iterable[float],
+    *,
+    num_private: int = FEW,
+    score: str = "frechet_distance",
+    against: str | None = None,
+) -> str:
+    """One score of several private sets side by side: a row per method, a column per set and epsilon.
+
+    Parameters
+    ----------
+    pairs
+        Public-private pair -> name of its columns.
+    against
+        Method that the others are marked against in every column, see `mark`.
+    """
+    chosen = scores[(scores["num_private"] == num_private) & scores["pair"].isin(tuple(pairs))]
+    if chosen.empty:
+        return "*No records at these parameters.*"
+    budgets = list(dict.fromkeys(epsilons))
+    places = {
+        pairs[one] + (f", ε = {budget(epsilon)}" if len(budgets) > 1 else ""): select(chosen, one, epsilon=epsilon)
+        for one, epsilon in itertools.product(pairs, budgets)
+    }
+    return _side_by_side("method", places, score, against)
+
+
+def _side_by_side(head: str, places: Mapping[str, pd.DataFrame], score: str, against: str | None) -> str:
+    """A row per method, a column per place."""
+    lines = [f"| {' | '.join([head, *places])} |", "|---|" + "---:|" * len(places)]
+    for method in order({method for place in places.values() for method in place["method"]}):
+        cells = []
+        for place in places.values():
+            mine, other = (place[place["method"] == one] for one in (method, against))
+            cells.append(value(mine, score) + ("" if method == against else mark(mine, other, score)))
+        lines.append(f"| {' | '.join([METHOD_LABELS.get(method, method), *cells])} |")
     return "\n".join(lines)
+
+
+def mark(mine: pd.DataFrame, other: pd.DataFrame, score: str) -> str:
+    """` ▲` or ` ▼`: mine are better or worse than the other rows; empty: not told apart, or not on record.
+
+    Judged as in `comparison_sentence`.
+    """
+    if _known(mine, score).empty or _known(other, score).empty:
+        return ""
+    return {"better": " ▲", "worse": " ▼"}.get(_verdict(mine, other, score), "")
 
 
 def settings_table(scores: pd.DataFrame, columns: Mapping[str, str]) -> str:
@@ -179,24 +243,37 @@ def commands(scores: pd.DataFrame) -> str:
     return "\n".join(["```bash", *dict.fromkeys(scores["provenance.command"].dropna()), "```"])
 
 
-def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR) -> str:
-    """What the README says about the results: two tables of the largest number of private images, who wins at the
-    budgets all methods ran at, and a table for each smaller number."""
+def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_deepsets") -> str:
+    """What the README says about the results: the paper's regime, one small unlabelled set; then two tables of the
+    largest number of private images, and one for each smaller number. Others are marked against ours."""
     everything = select(scores, pair)
     if everything.empty:
         return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
     *fewer, most = sorted(set(everything["num_private"]))
     chosen = select(everything, pair, num_private=most)
-    tables = [score_table(chosen, pair, score) for score in ("accuracy", "frechet_distance")]
-    seeds = f"Seeds: {chosen['seed'].nunique()}; private images: {numbers(chosen['num_private'])}."
-    few = [_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)]
-    return "\n\n".join([*tables, seeds, standings(chosen), *few])
+    groups = (
+        ("fonts and pen strokes (`glyphs`)", GLYPH_SETS),
+        ("drawings by people (`drawings`)", DRAWING_SETS),
+        ("photographs (`photographs`)", PHOTOGRAPH_SETS),
+    )
+    return "\n\n".join(
+        [
+            f"### One unlabelled set of {FEW} images, ε = 1",
+            *(f"Public data: {name}.\n\n{sets_table(scores, pairs, (1.0,), against=ours)}" for name, pairs in groups),
+            f"### {numbers(chosen['num_private'])} labelled digits",
+            *(score_table(chosen, pair, score, against=ours) for score in ("frechet_distance", "accuracy")),
+            f"Seeds: {chosen['seed'].nunique()}.",
+            *(_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)),
+        ]
+    )
 
 
 def _few(scores: pd.DataFrame, size: int) -> str:
     """One table for a small number of private images: a row for each method and budget."""
     lines = [
-        f"With {size:,} private images in all, classes included (seeds: {scores['seed'].nunique()}):",
+        f"### {size:,} labelled digits",
+        "",
+        f"In all, the classes together. Seeds: {scores['seed'].nunique()}.",
         "",
         "| method | ε | downstream accuracy | Fréchet distance |",
         "|---|---:|---:|---:|",
@@ -307,20 +384,6 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
     heads |= {"too few seeds to tell": "on too few seeds to tell are", "not on record": "not on record are"}
     parts = [f"{heads[key]} {', '.join(found[key])}" for key in (*_VERDICTS, "not on record") if key in found]
     return f"{where}, where {our_label} has {value(mine, score)}: {'; '.join(parts)}."
-
-
-def standings(scores: pd.DataFrame, epsilons: Iterable[float] = (1.0, 10.0)) -> str:
-    """A list of sentences (`standing`): ours, plain and refined, against all on record that make images."""
-    lines = []
-    for ours in ("dp_deepsets", "dp_deepsets_refined"):
-        for epsilon in epsilons:
-            known = set(scores[scores["epsilon"] == epsilon]["method"])
-            others = [one for one in (*OTHER_METHODS, "nearest_public") if one in known and one != ours]
-            if ours in known:
-                lines += [
-                    f"- {standing(scores, score, ours, others, epsilon)}" for score in ("frechet_distance", "accuracy")
-                ]
-    return "\n".join(lines)
 
 
 def score_name(score: str) -> str:

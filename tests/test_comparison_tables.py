@@ -191,18 +191,3 @@ def test_recorded_certificates_are_shown_once(rivals: Path) -> None:
     assert tables.recorded_charges(table[table["method"] == "dp_ldm"]).startswith("*No certificate")
     said = table[table["method"] == "dp_ldm"].assign(**{"settings.certificate": "demonstration."})
     assert tables.recorded_charges(said) == f"> demonstration. Charged: {PRV}."
-
-
-def test_sets_side_by_side_keep_other_sizes_out(folder: Path) -> None:
-    for seed, distance in enumerate((50.0, 60.0)):
-        scores = {"accuracy": None, "frechet_distance": distance}
-        Record("p-other", "dp_deepsets", 1.0, 1e-5, "add_or_remove_one", 100, seed, scores=scores).save(folder)
-    Record("p-other", "dp_mepf", 1.0, 1e-5, "add_or_remove_one", 7, 0, scores=scores).save(folder)
-    lines = tables.sets_table(load_records(folder), {PAIR: "digits", "p-other": "others"}, 100, (1.0, math.inf, 1.0))
-    assert lines.splitlines() == [
-        "| method | digits, ε = 1 | digits, ε = ∞ | others, ε = 1 | others, ε = ∞ |",
-        "|---|---:|---:|---:|---:|",
-        "| DP-DeepSets | 400.0 ± 0.0 | 400.0 ± 0.0 | 55.0 ± 7.1 | – |",
-        "| DP-SGD LoRA | 400.0 ± 0.0 | – | – | – |",
-    ]
-    assert "No records" in tables.sets_table(load_records(folder), {PAIR: "digits"}, 3, (1.0,))

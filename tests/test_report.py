@@ -120,7 +120,7 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Pa
     assert report.main([str(readme), "--records", str(folder)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| DP-SGD LoRA | 0.21 ± 0.01 |" in text and "worse are DP-SGD LoRA (0.21 ± 0.01)" in text
+    assert "| DP-SGD LoRA | 0.21 ± 0.01 ▼ |" in text
     report.main([str(readme), "--records", str(folder)])
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text("no markers", encoding="utf-8")
@@ -164,15 +164,25 @@ def test_every_method_has_a_label_and_a_colour_of_its_own() -> None:
     assert set(report.OTHER_METHODS) <= set(report.METHOD_LABELS)
 
 
-def test_standings_tell_both_of_ours_against_all_others(folder: Path) -> None:
-    lines = report.standings(load_records(folder), epsilons=(1.0, 3.0)).splitlines()
-    assert len(lines) == 2 and all("where DP-DeepSets has" in line and "DP-SGD LoRA" in line for line in lines)
-    for seed in range(2):
-        scores = {"accuracy": 0.9, "frechet_distance": 50.0 + seed}
-        Record(PAIR, "dp_deepsets_refined", 1.0, 1e-5, "add_or_remove_one", 100, seed, scores=scores).save(folder)
-    lines = report.standings(load_records(folder), epsilons=(1.0,)).splitlines()
-    assert len(lines) == 4 and "better than it are DP-DeepSets, refined" in lines[0]
-    assert "where DP-DeepSets, refined has" in lines[2] and "worse are DP-SGD LoRA" in lines[2]
+def test_sets_stand_side_by_side_marked_against_one_method(folder: Path) -> None:
+    for seed, distance in enumerate((50.0, 60.0)):
+        for method, shift in (("dp_deepsets", 0), ("dp_mepf", 1), ("dp_ldm", -40)):
+            scores = {"accuracy": None, "frechet_distance": distance + shift}
+            Record("p-other", method, 1.0, 1e-5, "add_or_remove_one", 100, seed, scores=scores).save(folder)
+    Record("p-other", "dp_lora", 1.0, 1e-5, "add_or_remove_one", 7, 0, scores=scores).save(folder)
+    table, pairs = load_records(folder), {PAIR: "digits", "p-other": "others"}
+    asked = dict(num_private=100, against="dp_deepsets")
+    assert report.sets_table(table, pairs, (1.0, math.inf, 1.0), **asked).splitlines() == [
+        "| method | digits, ε = 1 | digits, ε = ∞ | others, ε = 1 | others, ε = ∞ |",
+        "|---|---:|---:|---:|---:|",
+        "| DP-DeepSets | 419.0 ± 1.4 | 418.0 ± 1.4 | 55.0 ± 7.1 | – |",
+        "| DP-SGD LoRA | 479.0 ± 1.4 ▼ | – | – | – |",
+        "| DP-LDM | – | – | 15.0 ± 7.1 ▲ | – |",
+        "| DP-MEPF | – | – | 56.0 ± 7.1 | – |",  # not told apart
+    ]
+    one = report.sets_table(table, pairs, (1.0,), num_private=100).splitlines()
+    assert one[0] == "| method | digits | others |" and not any(sign in line for line in one for sign in "▲▼")
+    assert "No records" in report.sets_table(table, {PAIR: "digits"}, (1.0,), num_private=3)
 
 
 def test_standing_names_who_beats_ours(folder: Path) -> None:
@@ -196,9 +206,9 @@ def test_the_results_keep_different_numbers_of_private_images_apart(folder: Path
     scores = {"accuracy": 0.3, "frechet_distance": 90.0}
     Record(PAIR, "dp_deepsets", 1.0, 1e-5, "add_or_remove_one", 12, 0, scores=scores).save(folder)
     text = report.results_block(load_records(folder), PAIR)
-    assert "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |" in text and "private images: 100." in text
+    assert "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |" in text and "### 100 labelled digits" in text
     assert text.endswith(
-        "With 12 private images in all, classes included (seeds: 1):\n\n"
+        "### 12 labelled digits\n\nIn all, the classes together. Seeds: 1.\n\n"
         "| method | ε | downstream accuracy | Fréchet distance |\n|---|---:|---:|---:|\n"
         "| DP-DeepSets | 1 | 0.30 | 90.0 |"
     )
