@@ -4,8 +4,9 @@
     python benchmarks/throughput.py --device cuda
 
 *Training*: steps of the stages ``base`` and ``joint`` with the same batch of 64 tasks x 8 images, in alternating
-blocks. The joint step also embeds the fresh tasks of the pool, simulates sums, makes an adapter for every task and
-applies it. Images are there already, as in a training whose background process keeps up.
+blocks. Both get their images from where the training does, a background process; the joint step's also embeds the
+pool's fresh tasks there (with ``--device cuda``: on the GPU, in the step), and the step draws from the pool, simulates
+sums, makes an adapter for every task and applies it. Background processes take a second core, if there is one.
 
 *Embedding*: a million generated images through `embedding.embed_batches` and `mechanism.noisy_sum`, as in a release,
 next to the encoder alone on the same batches before and after. The peak of the memory is told after a tenth and at the
@@ -15,6 +16,7 @@ end: it must not grow.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -32,7 +34,7 @@ from hyperdp_lib.data import from_levels
 from hyperdp_lib.diffusion import build_base_model, denoising_loss
 from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained
 from hyperdp_lib.records import provenance, write_atomically
-from hyperdp_lib.training import PRESETS, adapted_loss
+from hyperdp_lib.training import PRESETS, TaskPool, adapted_loss, stream
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "throughput.json"
 
@@ -46,24 +48,22 @@ def clock(device: str) -> float:
 
 def training_rates(device: str, blocks: int, steps: int) -> dict[str, float]:
     """Images per second of both stages, medians over alternating blocks of steps, and their ratio."""
-    preset = PRESETS["glyphs"]
-    tasks, queries, support = preset.joint_stage.tasks, preset.joint_stage.images, 72
+    preset = dataclasses.replace(PRESETS["glyphs"], pool_tasks=256)  # quickly filled; the work of a step is the same
+    tasks, queries = preset.joint_stage.tasks, preset.joint_stage.images
     base = build_base_model(preset.base).to(device)
-    network = HyperNetwork(load_pretrained("glyphs")[1].encoder, base, preset.hypernetwork).to(device)
+    network = HyperNetwork(load_pretrained("glyphs", device)[1].encoder, base, preset.hypernetwork).to(device)
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (tasks, queries, 1, 16, 16), generator=g, dtype=torch.uint8)
-    codes = torch.randn(tasks, support, preset.encoder.dimension, generator=g)
-    sizes, noise = torch.full((tasks,), 128.0), torch.full((tasks,), 3.7)
+    source = preset.public_data.tasks()
+    batches = stream(source, tasks, queries, 1)
+    pool = TaskPool(preset, network.codes, source, 2, device)
 
     def alone() -> torch.Tensor:
-        return denoising_loss(base, from_levels(images.to(device)).flatten(0, 1), g).mean()
-
-    fresh = torch.randint(256, (preset.fresh_tasks * preset.pool_images, 1, 16, 16), generator=g, dtype=torch.uint8)
+        return denoising_loss(base, from_levels(next(batches).to(device)).flatten(0, 1), g).mean()
 
     def together() -> torch.Tensor:
-        with torch.no_grad():
-            network.codes(from_levels(fresh.to(device)))
-        adapter = network.generate(network.simulate(codes, sizes, noise, g).to(device))
+        pool.refresh()
+        images, codes, sizes, noise_std = pool.draw_codes(preset, tasks, queries, g)
+        adapter = network.generate(network.simulate(codes, sizes, noise_std, g).to(device))
         return adapted_loss(base, adapter, from_levels(images.to(device)), g)
 
     def block(loss: Callable[[], torch.Tensor], modules: list[torch.nn.Module]) -> float:

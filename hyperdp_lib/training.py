@@ -194,18 +194,20 @@ PRESETS = {
 
 
 class TaskStream(IterableDataset):
-    """Batches of fresh tasks (T, M, C, H, W) as uint8, with the classes' numbers if ``num_classes`` is given."""
+    """Batches of fresh tasks (T, M, C, H, W) as uint8; with the classes' numbers if ``num_classes`` is given, and with
+    their embeddings (T, M, k) if ``embed`` is."""
 
     def __init__(
-        self, source: TaskSource, tasks: int, images: int, seed: int, num_classes: int | None = None
+        self,
+        source: TaskSource,
+        tasks: int,
+        images: int,
+        seed: int,
+        num_classes: int | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.source, self.tasks, self.images, self.seed, self.num_classes = (
-            source,
-            tasks,
-            images,
-            seed,
-            num_classes,
-        )
+        self.source, self.tasks, self.images, self.seed = source, tasks, images, seed
+        self.num_classes, self.embed = num_classes, embed
 
     def __iter__(self) -> Iterator:
         g = torch.Generator().manual_seed(self.seed)
@@ -213,9 +215,19 @@ class TaskStream(IterableDataset):
             classes = None
             if self.num_classes is not None:
                 classes = torch.randperm(self.num_classes, generator=g)[: self.tasks]
-            images = self.source.sample_tasks(self.tasks, self.images, g, classes=classes)
-            images = to_levels(images)
-            yield images if classes is None else (images, classes)
+            images = to_levels(self.source.sample_tasks(self.tasks, self.images, g, classes=classes))
+            batch = [images]
+            if classes is not None:
+                batch.append(classes)
+            if self.embed is not None:
+                batch.append(embedded(self.embed, images))
+            yield batch[0] if len(batch) == 1 else tuple(batch)
+
+
+def embedded(embed: Callable[[Tensor], Tensor], images: Tensor, device: str = "cpu") -> Tensor:
+    """Tasks (T, M, C, H, W) as uint8 -> (T, M, k): what a release sums, so never in half precision."""
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        return embed(from_levels(images.to(device)).flatten(0, 1)).cpu().unflatten(0, images.shape[:2])
 
 
 def stream(*args, **keywords) -> Iterator:
@@ -506,7 +518,8 @@ class TaskPool:
         self, preset: Preset, embed: Callable[[Tensor], Tensor], source: TaskSource, seed: int, device: str
     ) -> None:
         at_once = preset.fresh_tasks or 12
-        self.batches = stream(source, at_once, preset.pool_images, seed)
+        self.in_background = device == "cpu"  # a second core, if there is one; a GPU is the faster of the two
+        self.batches = stream(source, at_once, preset.pool_images, seed, embed=embed if self.in_background else None)
         self.embed, self.device, self.fresh = embed, device, preset.fresh_tasks > 0
         channels, size = preset.encoder.channels, preset.encoder.image_size
         shape = (preset.pool_tasks, preset.pool_images)
@@ -524,14 +537,11 @@ class TaskPool:
             self._replace()
 
     def _replace(self) -> None:
-        images = next(self.batches)
+        images, codes = next(self.batches) if self.in_background else (next(self.batches), None)
         rows = (self.next + torch.arange(len(images))) % len(self.images)
         self.next = int(rows[-1]) + 1
         self.images[rows] = images
-        # embeddings are what a release sums: never in half precision
-        with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=False):
-            codes = self.embed(from_levels(images.to(self.device)).flatten(0, 1))
-        self.codes[rows] = codes.cpu().unflatten(0, images.shape[:2])
+        self.codes[rows] = embedded(self.embed, images, self.device) if codes is None else codes
 
     def draw_codes(
         self, preset: Preset, tasks: int, queries: int, g: torch.Generator

@@ -10,7 +10,7 @@ from hyperdp_lib import ablations
 from hyperdp_lib.ablations import REFERENCE, VARIANTS, run, table
 from hyperdp_lib.baselines.methods import Settings
 from hyperdp_lib.data import InputError
-from hyperdp_lib.training import PRESETS, TaskPool
+from hyperdp_lib.training import PRESETS
 
 MINIATURE = PRESETS["miniature"]
 
@@ -72,14 +72,3 @@ def test_the_table_has_a_row_for_each_variant_on_file(made, tmp_path):
     assert "No records yet" in table(tmp_path)
     assert [one["variant"] for one in ablations.found(made[1])] == ["reference", "encoder-noiseless", "joint400"]
     assert ablations.found(tmp_path / "nowhere") == []
-
-
-def test_a_fixed_bank_stays_as_it_is():
-    preset = dataclasses.replace(MINIATURE, fresh_tasks=0)
-    source = preset.public_data.tasks(progress=False)
-    for fresh, same in ((0, True), (4, False)):
-        preset = dataclasses.replace(MINIATURE, fresh_tasks=fresh)
-        pool = TaskPool(preset, lambda images: images.flatten(1)[:, :16], source, 5, "cpu")
-        before = pool.images.clone()
-        pool.refresh()
-        assert torch.equal(before, pool.images) == same

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import COUNT_COORDINATE
+from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder
 from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
-from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, train
+from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, TaskPool, embedded, train
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,26 @@ def test_the_miniature_trains_in_bfloat16(tmp_path):
     assert all(torch.isfinite(value).all() for value in hypernetwork.state_dict().values())
     with pytest.raises(InputError, match="float32, bfloat16"):
         train(dataclasses.replace(preset, precision="int8"), out=tmp_path / "other")
+
+
+def test_a_fixed_bank_stays_as_it_is():
+    source = PRESETS["miniature"].public_data.tasks(progress=False)
+    for fresh, same in ((0, True), (4, False)):
+        preset = dataclasses.replace(PRESETS["miniature"], fresh_tasks=fresh)
+        pool = TaskPool(preset, lambda images: images.flatten(1)[:, :16], source, 5, "cpu")
+        before = pool.images.clone()
+        pool.refresh()
+        assert torch.equal(before, pool.images) == same
+
+
+def test_the_pool_embeds_in_the_background_what_it_holds():
+    preset = PRESETS["miniature"]
+    source = preset.public_data.tasks(progress=False)
+    encoder = Encoder(preset.encoder).eval()
+    pool = TaskPool(preset, encoder, source, 5, "cpu")
+    for _ in range(2):
+        expected = embedded(encoder, pool.images)
+        assert torch.allclose(pool.codes, expected, atol=1e-5) and pool.codes.shape[:2] == pool.images.shape[:2]
+        pool.refresh()
+    told = TaskPool(preset, lambda images: torch.full((len(images), 1), float(os.getpid())), source, 5, "cpu")
+    assert (told.codes != os.getpid()).all()  # another process made them
