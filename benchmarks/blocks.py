@@ -49,7 +49,7 @@ def trained(name: str, preset: Preset, out: Path) -> tuple[nn.Module, NestedHype
     typical = source.sample_tasks(max(100, min(2000, preset.pool_tasks)), 12, torch.Generator().manual_seed(12))
     encoder = nested.richer(start.encoder, typical, VARIANTS[name])
     network = NestedHyperNetwork(encoder, base_model, start.config)
-    nested._warm_start(network, start, typical)
+    nested.warm_start(network, start, typical)
     folder = out / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     nested.fit(network, base_model, preset, source, held_out, folder)

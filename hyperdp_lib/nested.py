@@ -334,7 +334,7 @@ def _train_encoder(
     return NestedEncoder(encoder.cpu(), features, *directions(encoder, features, typical)), typical
 
 
-def _warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
+def warm_start(network: NestedHyperNetwork, plain: HyperNetwork, tasks: Tensor) -> None:
     """Start as another hypernetwork, its input predicted from the new one by least squares over public tasks."""
 
     def means(encoder: Any) -> Tensor:
@@ -426,7 +426,7 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
     source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
     encoder, typical = _train_encoder(preset, source, plain.encoder, checkpoints, turn=turn)
     network = NestedHyperNetwork(encoder, base_model, plain.config)
-    _warm_start(network, plain, typical)
+    warm_start(network, plain, typical)
     loop = fit(network, base_model, preset, source, held_out_tasks, checkpoints, turn=turn)
     tabulate(network, base_model, preset, held_out_tasks, NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
     _write(out, network, loop, source, seed)

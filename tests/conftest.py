@@ -1,5 +1,9 @@
 """What all tests share: no display, one thread, and no GPU tests without a GPU."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import matplotlib
 import pytest
 
@@ -44,3 +48,14 @@ def plain(base_model):
     with torch.no_grad():
         network.head_b.weight.normal_(std=0.1)
     return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def load_benchmark():
+    """Import a script of `benchmarks/` by its name, with the others at hand as when it is run; all forgotten later."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module
+    for script in folder.glob("*.py"):
+        sys.modules.pop(script.stem, None)

@@ -1,7 +1,6 @@
 """Adapters: PEFT is the oracle for one of them, the loop over adapters for many."""
 
 import copy
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -616,12 +615,8 @@ def test_damaged_folders_are_errors(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- benchmark
 
 
-def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "adapter_speed.py"
-    specification = importlib.util.spec_from_file_location("adapter_speed", path)
-    assert specification is not None and specification.loader is not None
-    benchmark = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(benchmark)
+def test_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_benchmark) -> None:
+    benchmark = load_benchmark("adapter_speed")
     out = tmp_path / "speed.json"
     small = [
         "--models",

@@ -1,27 +1,14 @@
 """Benchmarks that simulate a release: the noise is that of the budget, and what is called a bound is one."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def few_labels():
-    sys.path.insert(0, str(FOLDER))  # as when it is run: it shares the draws of `transfer`
-    specification = importlib.util.spec_from_file_location("few_labels", FOLDER / "few_labels.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["few_labels"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(FOLDER))
-    for name in ("few_labels", "transfer"):
-        sys.modules.pop(name, None)
+def few_labels(load_benchmark):
+    return load_benchmark("few_labels")
 
 
 @pytest.fixture(scope="module")

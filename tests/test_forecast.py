@@ -1,11 +1,9 @@
 """Forecasts: intervals cover what they promise, from public data alone."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,14 +137,8 @@ def test_the_command_prints_the_table(bench, lottery, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    path = Path(__file__).parents[1] / "benchmarks" / "forecast_coverage.py"
-    specification = importlib.util.spec_from_file_location("forecast_coverage", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["forecast_coverage"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["forecast_coverage"]
+def benchmark(load_benchmark):
+    return load_benchmark("forecast_coverage")
 
 
 @pytest.mark.parametrize("count, coverage, exact", [(9, 0.8, 0.8), (19, 0.8, 0.8), (19, 0.9, 0.9), (9, 0.6, 0.6)])

@@ -35,7 +35,7 @@ def network(plain, base_model, tasks):
     features = FeatureNetwork(name="codes").eval()
     encoder = NestedEncoder(plain.encoder, features, *nested.directions(plain.encoder, features, tasks))
     made = NestedHyperNetwork(encoder, base_model, plain.config).eval()
-    nested._warm_start(made, plain, tasks)
+    nested.warm_start(made, plain, tasks)
     made.table = {0.3: {8: 0.1, 16: 0.2, 32: 0.3, 64: 0.4}, 0.003: {8: 0.4, 16: 0.3, 32: 0.2, 64: 0.1}}
     return made
 
