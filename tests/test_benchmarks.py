@@ -1,9 +1,14 @@
 """Benchmarks that simulate a release: the noise is that of the budget, and what is called a bound is one."""
 
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from hyperdp_lib import comparison, data, diffusion, evaluation
+from hyperdp_lib.hypernetwork import features_file, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +75,45 @@ def test_learned_shrinkage_draws_noise_together_and_leaves_signal(few_labels, co
         for scheme in (few_labels.Scheme("", shrink=True), few_labels.Scheme(""))
     )
     assert torch.allclose(clear, kept, atol=1e-6)
+
+@pytest.fixture(scope="module")
+def released_labels(load_benchmark):
+    return load_benchmark("released_labels")
+
+
+def test_a_release_is_a_classifier_of_nearest_means(released_labels):
+    encoder = SimpleNamespace(centroids=torch.zeros(2, 1), config=SimpleNamespace(count_coordinate=0.5))
+    # two classes of two cells, each (count, coordinate): the first class has 8 and 2 images, the second 10 and none
+    noisy_sum = torch.tensor([[4.0, 8.0, 1.0, -4.0], [5.0, -10.0, 0.0, 0.3]])
+    network = SimpleNamespace(
+        encoder=encoder,
+        parts=lambda sums, noise: [(sums[0].view(2, 2), None), (sums[1].view(2, 2)[:1], None)],  # one is left out
+    )
+    means, classes = released_labels.class_means(network, noisy_sum)
+    assert means.flatten().tolist() == pytest.approx([0.4, -0.97]) and classes.tolist() == [0, 1]
+    means, classes = released_labels.cell_means(network, noisy_sum, 0.1)
+    assert means.flatten().tolist() == [1.0, -2.0, -1.0] and classes.tolist() == [0, 0, 1]
+    codes = torch.tensor([[0.9], [-1.1], [-3.0]])
+    assert released_labels.nearest(codes, means, classes).tolist() == [0, 1, 0]
+
+
+def test_samples_that_agree_come_first_and_every_class_is_full(released_labels):
+    labels, said = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0])
+    assert released_labels.agreeing(labels, said, 2).tolist() == [1, 2, 4, 3]
+
+
+def test_labels_of_a_release_are_measured_end_to_end(released_labels):
+    private = data.digits("train")
+    few = comparison.subset(private, 60, seed=0)
+    base_model, network = load_pretrained("glyphs-nested")
+    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(released_labels, "IMAGES", 200)
+        patch.setattr(released_labels, "SURPLUS", 1)
+        patch.setattr(diffusion, "sample_classes", functools.partial(diffusion.sample_classes, num_steps=2))
+        found = released_labels.measure(few, private, data.digits("test"), base_model, network, scoring, 0)
+    assert found["samples"]["accuracy"] == found["samples that agree"]["accuracy"]  # no surplus to choose from
+    assert 0 <= found["samples that agree"]["kept"] <= 1 and found["cells"] == 1
+    assert found["class means"] == found["cell means"]  # one cell a class
+    told = released_labels.summary([found, found], "samples")
+    assert told["accuracy_sd"] == 0 and told["frechet_distance"] > 0

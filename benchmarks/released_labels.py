@@ -1,0 +1,157 @@
+"""What does a release say about labels, and how much of that do the samples keep?
+
+    HYPERDP_DATA=data python benchmarks/released_labels.py    # writes book/results/benchmarks/released_labels.json
+
+A release with labels (nested coordinates, and cells where the declared size supports them) is a classifier by itself:
+an image goes to the class that has the nearest released mean. All of this is post-processing of one noisy sum:
+
+* ``class means``: the nearest mean of a class, its cells added up;
+* ``cell means``: the nearest mean of a cell of a class, of those that the decoder uses;
+* ``samples``: a support vector machine on 2,000 samples of the adapters, as everywhere in the book;
+* ``samples that agree``: the same, on 2,000 of three times as many, those that ``cell means`` give to the class they
+  were drawn for.
+
+Half an hour of a core, most of it for the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hyperdp_lib import comparison, diffusion, embedding, evaluation
+from hyperdp_lib.baselines import controls
+from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib.data import ImageSet
+from hyperdp_lib.hypernetwork import features_file, load_pretrained
+from hyperdp_lib.records import provenance, write_atomically
+
+OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
+SETS = (("digits", None), ("digits", 128), ("mnist", None))  # private set, and how many of its images
+EPSILON, IMAGES, SURPLUS = 1.0, 2000, 3
+WAYS = CLASS_MEANS, CELL_MEANS, SAMPLES, AGREEING = "class means", "cell means", "samples", "samples that agree"
+
+
+def class_means(network: CellHyperNetwork, noisy_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (K, k) of the classes of noisy sums (K, M (1 + k)), cells added up, and the classes (K,)."""
+    totals = noisy_sum.view(len(noisy_sum), len(network.encoder.centroids), -1).sum(1)
+    counts = totals[:, :1] / network.encoder.config.count_coordinate
+    return totals[:, 1:] / counts.clamp_min(1.0), torch.arange(len(totals))
+
+
+def cell_means(network: CellHyperNetwork, noisy_sum: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Means (P, k) of the cells that the decoder uses, and the class (P,) of each."""
+    parts = [sums for sums, _ in network.parts(noisy_sum, noise_std)]
+    together = torch.cat(parts)
+    counts = together[:, :1] / network.encoder.config.count_coordinate
+    classes = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return together[:, 1:] / counts.clamp_min(1.0), classes
+
+
+def nearest(codes: Tensor, means: Tensor, classes: Tensor) -> Tensor:
+    """The class (N,) of the mean next to each of the vectors (N, k)."""
+    return classes[torch.cdist(codes, means).argmin(1)]
+
+
+def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
+    """Rows of as many samples of each class, the first that agree; where too few do, the first of the others, too."""
+    rows = []
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:per_class])
+    return torch.cat(rows)
+
+
+def measure(
+    train: ImageSet, reference: ImageSet, test: ImageSet, base_model: Any, network: Any, scoring: Any, seed: int
+) -> dict[str, Any]:
+    """Accuracy on the test images, and distances of both sets of samples from all private training images."""
+    assert train.labels is not None and test.labels is not None
+    per_class = len(train) / len(train.class_names)
+    fitted = CellHyperNetwork.fitting(network, controls.noise_std(EPSILON), per_class)
+    released, noise_std = controls.noisy_class_sums(
+        train.images, train.labels, fitted.encoder, epsilon=EPSILON, num_classes=len(train.class_names), seed=seed
+    )
+    noisy_sum = torch.as_tensor(released, dtype=torch.float32)
+    plain = fitted.encoder.encoder  # vectors without their cell
+
+    def codes(images: Tensor) -> Tensor:
+        return embedding.embed(plain, images, batch_size=1000)[:, 1:]
+
+    pooled, celled = class_means(fitted, noisy_sum), cell_means(fitted, noisy_sum, noise_std)
+    asked = codes(test.images)
+    found: dict[str, Any] = {
+        name: {"accuracy": float((nearest(asked, *means) == test.labels).double().mean())}
+        for name, means in ((CLASS_MEANS, pooled), (CELL_MEANS, celled))
+    }
+    with torch.no_grad():
+        adapter = fitted(noisy_sum, noise_std)
+    classes, each = len(train.class_names), IMAGES // len(train.class_names)
+    g = torch.Generator().manual_seed(seed)
+    drawn = diffusion.sample_classes(base_model, adapter, classes, SURPLUS * each, generator=g)
+    labels = torch.arange(classes).repeat_interleave(SURPLUS * each)
+    mixed = torch.cat([i * SURPLUS * each + torch.randperm(SURPLUS * each, generator=g) for i in range(classes)])
+    drawn = drawn[mixed]  # the members of a mixture stand one after the other
+    said = nearest(codes(drawn), *celled)
+    theirs = evaluation.features(scoring, reference.images)
+    for name, rows in ((SAMPLES, agreeing(labels, labels, each)), (AGREEING, agreeing(labels, said, each))):
+        found[name] = {
+            "accuracy": evaluation.downstream_accuracy(drawn[rows], labels[rows], test.images, test.labels),
+            "frechet_distance": evaluation.frechet_distance(evaluation.features(scoring, drawn[rows]), theirs),
+        }
+    found[AGREEING]["kept"] = float((said == labels).double().mean())
+    return {**found, "cells": len(fitted.encoder.centroids)}
+
+
+def summary(found: Iterable[dict[str, Any]], name: str) -> dict[str, float]:
+    """Mean and standard deviation over the seeds of every number about one of the ways."""
+    each = [one[name] for one in found]
+    told = {}
+    for score in each[0]:
+        values = [float(one[score]) for one in each]
+        told[score] = round(float(np.mean(values)), 4)
+        told[f"{score}_sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else float("nan")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2, for there is no spread of one")
+    started = datetime.now(UTC)
+    base_model, network = load_pretrained("glyphs-nested")
+    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    rows = []
+    for name, size in tqdm(SETS, desc="released labels", disable=None):
+        train, test, _ = comparison.private_sets(name)
+        size = size or len(train)
+        found = [
+            measure(comparison.subset(train, size, seed), train, test, base_model, network, scoring, seed)
+            for seed in range(options.seeds)
+        ]
+        for way in WAYS:
+            about = {"set": name, "num_private": size, "cells": found[0]["cells"], "way": way}
+            rows.append({**about, **summary(found, way)})
+    content = {
+        "epsilon": EPSILON, "delta": 1e-5, "neighboring_relation": "add_or_remove_one", "seeds": options.seeds,
+        "samples": IMAGES, "features": scoring.name, "label": evaluation.NOT_DP, "rows": rows,
+        "provenance": provenance("python benchmarks/released_labels.py", "cpu", started),
+    }  # fmt: skip
+    write_atomically(options.out, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
