@@ -9,7 +9,7 @@ an image goes to the class that has the nearest released mean. All of this is po
 * ``cell means``: the nearest mean of a cell of a class, of those that the decoder uses;
 * ``samples``: a support vector machine on 2,000 samples of the adapters, as everywhere in the book;
 * ``samples that agree``: the same, on 2,000 of three times as many, those that ``cell means`` give to the class they
-  were drawn for.
+  were drawn for (``hyperdp sample --agreeing``).
 
 Half an hour of a core, most of it for the samples.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperdp_lib import comparison, diffusion, embedding, evaluation
+from hyperdp_lib import comparison, diffusion, evaluation, refinement
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet
@@ -45,31 +45,7 @@ WAYS = CLASS_MEANS, CELL_MEANS, SAMPLES, AGREEING = "class means", "cell means",
 def class_means(network: CellHyperNetwork, noisy_sum: Tensor) -> tuple[Tensor, Tensor]:
     """Means (K, k) of the classes of noisy sums (K, M (1 + k)), cells added up, and the classes (K,)."""
     totals = noisy_sum.view(len(noisy_sum), len(network.encoder.centroids), -1).sum(1)
-    counts = totals[:, :1] / network.encoder.config.count_coordinate
-    return totals[:, 1:] / counts.clamp_min(1.0), torch.arange(len(totals))
-
-
-def cell_means(network: CellHyperNetwork, noisy_sum: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
-    """Means (P, k) of the cells that the decoder uses, and the class (P,) of each."""
-    parts = [sums for sums, _ in network.parts(noisy_sum, noise_std)]
-    together = torch.cat(parts)
-    counts = together[:, :1] / network.encoder.config.count_coordinate
-    classes = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
-    return together[:, 1:] / counts.clamp_min(1.0), classes
-
-
-def nearest(codes: Tensor, means: Tensor, classes: Tensor) -> Tensor:
-    """The class (N,) of the mean next to each of the vectors (N, k)."""
-    return classes[torch.cdist(codes, means).argmin(1)]
-
-
-def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
-    """Rows of as many samples of each class, the first that agree; where too few do, the first of the others, too."""
-    rows = []
-    for label in labels.unique():
-        mine = (labels == label).nonzero()[:, 0]
-        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:per_class])
-    return torch.cat(rows)
+    return refinement.released_means(totals, 0.0, network.hypernetwork)
 
 
 def measure(
@@ -83,17 +59,11 @@ def measure(
         train.images, train.labels, fitted.encoder, epsilon=EPSILON, num_classes=len(train.class_names), seed=seed
     )
     noisy_sum = torch.as_tensor(released, dtype=torch.float32)
-    plain = fitted.encoder.encoder  # vectors without their cell
-
-    def codes(images: Tensor) -> Tensor:
-        return embedding.embed(plain, images, batch_size=1000)[:, 1:]
-
-    pooled, celled = class_means(fitted, noisy_sum), cell_means(fitted, noisy_sum, noise_std)
-    asked = codes(test.images)
-    found: dict[str, Any] = {
-        name: {"accuracy": float((nearest(asked, *means) == test.labels).double().mean())}
-        for name, means in ((CLASS_MEANS, pooled), (CELL_MEANS, celled))
-    }
+    pooled, celled = class_means(fitted, noisy_sum), refinement.released_means(noisy_sum, noise_std, fitted)
+    found: dict[str, Any] = {}
+    for name, means in ((CLASS_MEANS, pooled), (CELL_MEANS, celled)):
+        told = refinement.classify(test.images, *means, fitted)
+        found[name] = {"accuracy": float((told == test.labels).double().mean())}
     with torch.no_grad():
         adapter = fitted(noisy_sum, noise_std)
     classes, each = len(train.class_names), IMAGES // len(train.class_names)
@@ -102,9 +72,10 @@ def measure(
     labels = torch.arange(classes).repeat_interleave(SURPLUS * each)
     mixed = torch.cat([i * SURPLUS * each + torch.randperm(SURPLUS * each, generator=g) for i in range(classes)])
     drawn = drawn[mixed]  # the members of a mixture stand one after the other
-    said = nearest(codes(drawn), *celled)
+    said = refinement.classify(drawn, *celled, fitted)
     theirs = evaluation.features(scoring, reference.images)
-    for name, rows in ((SAMPLES, agreeing(labels, labels, each)), (AGREEING, agreeing(labels, said, each))):
+    chosen = {SAMPLES: labels, AGREEING: said}
+    for name, rows in ((way, refinement.agreeing(labels, told, each)) for way, told in chosen.items()):
         found[name] = {
             "accuracy": evaluation.downstream_accuracy(drawn[rows], labels[rows], test.images, test.labels),
             "frechet_distance": evaluation.frechet_distance(evaluation.features(scoring, drawn[rows]), theirs),

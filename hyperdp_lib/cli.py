@@ -124,24 +124,25 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import data, diffusion, hypernetwork, release
+    from hyperdp_lib import data, diffusion, hypernetwork, refinement, release
 
-    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
+    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     adapter = release.load_adapters(options.folder, base_model)
     class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
     base_model.to(options.device)
     # Classes share the images equally, so draw the next multiple and drop the surplus class by class.
     num_classes = len(class_names or ("adapter",))
     each = math.ceil(options.num_images / num_classes)
-    images = diffusion.sample_classes(
-        base_model,
-        adapter.to(options.device),
-        num_classes,
-        each,
-        generator=torch.Generator().manual_seed(options.seed),
-        num_steps=options.num_steps,
-        progress=True,
+    drawing: dict[str, Any] = dict(
+        generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True
     )
+    agreed = None
+    if options.agreeing:
+        released = release.load_release(options.folder, base_model)
+        released = released._replace(adapter=released.adapter.to(options.device))
+        images, agreed = refinement.sample_agreeing(released, network.to(options.device), base_model, each, **drawing)
+    else:
+        images = diffusion.sample_classes(base_model, adapter.to(options.device), num_classes, each, **drawing)
     # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
     owner = torch.arange(num_classes).repeat_interleave(each)
     turn = torch.arange(each).repeat(num_classes) * num_classes + owner
@@ -152,9 +153,11 @@ def _sample(options: argparse.Namespace) -> None:
         data.save_grid(options.grid, samples)
     written = [str(path) for path in (options.out, options.grid) if path is not None]
     if options.json:
-        print(json.dumps({"written": written, "num_images": len(samples), "class_names": class_names}))
+        told = {"written": written, "num_images": len(samples), "class_names": class_names}
+        print(json.dumps(told if agreed is None else {**told, "agreed": agreed}))
     else:
-        print(f"wrote {len(samples)} images to {' and '.join(written)}")
+        chosen = "" if agreed is None else f", chosen from three times as many, of which {agreed:.0%} agree"
+        print(f"wrote {len(samples)} images to {' and '.join(written)}{chosen}")
 
 
 def _refine(options: argparse.Namespace) -> None:
@@ -668,6 +671,7 @@ def _parser() -> Parser:
     add("--num-images", type=int, default=1000, help="in all, shared equally by the classes; default: 1000")
     add("--seed", type=int, default=0, help="default: 0")
     add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
+    add("--agreeing", action="store_true", help="of three times as many, those that the release gives to their class")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--out", type=Path, required=True, metavar="NPZ", help="images (uint8) and, with classes, labels")
     add("--grid", type=Path, metavar="PNG", help="also write a sheet of samples")

@@ -18,7 +18,8 @@ end, and samples get worse and not better. The default is safe there: on public 
 public tasks, a larger gain buys more: the settings of the comparison, tuned on such tasks, have no leash at all.
 
 `decode_again` offers two other ways beside this one: training on public neighbours (`hyperdp_lib.neighbours`) and
-draws of the clean mean (`hyperdp_lib.posterior`).
+draws of the clean mean (`hyperdp_lib.posterior`). And a release with classes is a classifier by itself (`classify`), by
+which samples can be chosen (`sample_agreeing`): what it learned of the labels is more than its samples keep.
 """
 
 from __future__ import annotations
@@ -213,14 +214,10 @@ def refine_release(
     """
     config = config or RefinementConfig()
     statement = released.certificate
-    width = released.noisy_sum.shape[1]
-    nested = isinstance(hypernetwork, NestedHyperNetwork)
-    hypernetwork = reading(hypernetwork, width) if nested else hypernetwork.using(width - 1)
-    if statement.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()) or statement.noise_std is None:
-        raise InputError("the release was not made with this hypernetwork's encoder: name its own.")
+    hypernetwork, noise_std = _reader(released, hypernetwork)
     adapter = decode_again(
         released.noisy_sum,
-        statement.noise_std,
+        noise_std,
         hypernetwork,
         base_model,
         config,
@@ -235,3 +232,99 @@ def refine_release(
         post_processing=(*statement.post_processing, config.note),
     )
     return Release(adapter, noted, released.noisy_sum)
+
+
+def _reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
+    """The hypernetwork as it reads the release's noisy sum, and the noise on that."""
+    width, noise_std = released.noisy_sum.shape[1], released.certificate.noise_std
+    other = "the release was not made with this hypernetwork's encoder: name its own."
+    try:
+        nested = isinstance(hypernetwork, NestedHyperNetwork)
+        hypernetwork = reading(hypernetwork, width) if nested else hypernetwork.using(width - 1)
+    except InputError as error:  # it has no sums of so many numbers
+        raise InputError(other) from error
+    if noise_std is None or released.certificate.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()):
+        raise InputError(other)
+    return hypernetwork, noise_std
+
+
+def released_means(noisy_sum: np.ndarray | Tensor, noise_std: float, hypernetwork: Any) -> tuple[Tensor, Tensor]:
+    """Mean vectors (P, k) that a release with K classes tells, without the count, and the class (P,) of each.
+
+    One a class; of a release with cells one for each cell of a class that the decoder uses.
+    """
+    sums = torch.as_tensor(noisy_sum, dtype=torch.float32).cpu()
+    cells = isinstance(hypernetwork, CellHyperNetwork)
+    parts = [part for part, _ in hypernetwork.parts(sums, noise_std)] if cells else list(sums[:, None])
+    together = torch.cat(parts)
+    counts = together[:, :1] / hypernetwork.encoder.config.count_coordinate
+    classes = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return together[:, 1:] / counts.clamp_min(1.0), classes
+
+
+def classify(images: Tensor, means: Tensor, classes: Tensor, hypernetwork: Any) -> Tensor:
+    """The class (N,) of the released mean next to each image (N, C, H, W) in [-1, 1]; see `released_means`."""
+    encoder = hypernetwork.encoder.encoder if isinstance(hypernetwork, CellHyperNetwork) else hypernetwork.encoder
+    codes = embedding.embed(encoder, images, batch_size=1000).cpu()
+    return classes[torch.cdist(codes[:, 1:], means).argmin(1)]
+
+
+def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
+    """Rows of as many samples of each class, the first that agree; where too few do, the first of the others, too.
+
+    >>> agreeing(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0]), 2).tolist()
+    [1, 2, 4, 3]
+    """
+    rows = []
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:per_class])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def sample_agreeing(
+    released: Release,
+    hypernetwork: Any,
+    base_model: nn.Module,
+    per_class: int,
+    *,
+    surplus: int = 3,
+    generator: torch.Generator,
+    num_steps: int = 20,
+    progress: bool = False,
+) -> tuple[Tensor, float]:
+    """Samples that the release itself gives to the class they were drawn for, chosen from ``surplus`` times as many.
+
+    It reads the release and public models only: no privacy cost.
+
+    Parameters
+    ----------
+    released : of at least two classes.
+    hypernetwork : the one whose encoder it was made with.
+    per_class : images of each class.
+
+    Returns
+    -------
+    images : (K per_class, C, H, W) in [-1, 1], class after class.
+    share : of all that were drawn, those that agree. Where too few of a class do, others of it make up the number.
+
+    Raises
+    ------
+    InputError
+        if there are no classes to tell apart, or the noisy sum was not made with this hypernetwork's encoder.
+    """
+    count = len(released.certificate.class_names)
+    if count < 2:
+        raise InputError("samples can only agree with a release of at least two classes: draw them as they come.")
+    hypernetwork, noise_std = _reader(released, hypernetwork)
+    drawn = diffusion.sample_classes(
+        base_model, released.adapter, count, surplus * per_class, generator=generator, num_steps=num_steps,
+        progress=progress,
+    )  # fmt: skip
+    labels = torch.arange(count).repeat_interleave(surplus * per_class)
+    # the members of a mixture stand one after the other: mixed, so that the first are not all of one
+    mixed = torch.cat([(labels == label).nonzero()[:, 0][torch.randperm(surplus * per_class, generator=generator)]
+                       for label in range(count)])  # fmt: skip
+    said = classify(drawn[mixed], *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)
+    return drawn[mixed[agreeing(labels, said, per_class)]], float((said == labels).double().mean())

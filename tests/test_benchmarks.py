@@ -2,7 +2,6 @@
 
 import functools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,27 +78,6 @@ def test_learned_shrinkage_draws_noise_together_and_leaves_signal(few_labels, co
 @pytest.fixture(scope="module")
 def released_labels(load_benchmark):
     return load_benchmark("released_labels")
-
-
-def test_a_release_is_a_classifier_of_nearest_means(released_labels):
-    encoder = SimpleNamespace(centroids=torch.zeros(2, 1), config=SimpleNamespace(count_coordinate=0.5))
-    # two classes of two cells, each (count, coordinate): the first class has 8 and 2 images, the second 10 and none
-    noisy_sum = torch.tensor([[4.0, 8.0, 1.0, -4.0], [5.0, -10.0, 0.0, 0.3]])
-    network = SimpleNamespace(
-        encoder=encoder,
-        parts=lambda sums, noise: [(sums[0].view(2, 2), None), (sums[1].view(2, 2)[:1], None)],  # one is left out
-    )
-    means, classes = released_labels.class_means(network, noisy_sum)
-    assert means.flatten().tolist() == pytest.approx([0.4, -0.97]) and classes.tolist() == [0, 1]
-    means, classes = released_labels.cell_means(network, noisy_sum, 0.1)
-    assert means.flatten().tolist() == [1.0, -2.0, -1.0] and classes.tolist() == [0, 0, 1]
-    codes = torch.tensor([[0.9], [-1.1], [-3.0]])
-    assert released_labels.nearest(codes, means, classes).tolist() == [0, 1, 0]
-
-
-def test_samples_that_agree_come_first_and_every_class_is_full(released_labels):
-    labels, said = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0])
-    assert released_labels.agreeing(labels, said, 2).tolist() == [1, 2, 4, 3]
 
 
 def test_labels_of_a_release_are_measured_end_to_end(released_labels):

@@ -243,6 +243,10 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     samples = data.load_images(out)
     assert len(samples) == 135 and samples.class_names == tuple("0123456789")
     capsys.readouterr()
+    agreeing = [*command, "--agreeing", "--num-images", "25", "--json"]
+    assert cli.main([*agreeing, "--out", str(tmp_path / "agreeing.npz")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_images"] == len(data.load_images(tmp_path / "agreeing.npz")) == 25 and 0 <= told["agreed"] <= 1
     features = f"{weights}/features.safetensors"
     command = ["evaluate", str(out), "--reference", "digits-test", "--features", features]
     assert cli.main(command) == 0
