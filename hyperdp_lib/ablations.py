@@ -86,6 +86,9 @@ VARIANTS: Mapping[str, Variant] = {
     "bank300": Variant("public tasks", "a fixed bank of 300", {"pool_tasks": 300, "fresh_tasks": 0}),
     "bank2048": Variant("public tasks", "a fixed bank of 2,048", {"fresh_tasks": 0}),
     "encoder-noiseless": Variant("noise", "encoder trained without noise", {"encoder_noise": NO_NOISE}),
+    "encoder-noiseless-again": Variant(
+        "noise", "encoder trained without noise, another training seed", {"encoder_noise": NO_NOISE, "seed": 1}
+    ),
     "hypernetwork-noiseless": Variant("noise", "hypernetwork trained without noise", {"mean_noise": NO_NOISE}),
     "joint400": Variant("schedule", "half the joint steps", _joint(400)),
     "joint1600": Variant("schedule", "twice the joint steps", _joint(1600)),
@@ -112,7 +115,7 @@ def run(
     preset = variant.preset(reference)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    _share_stages(preset, reference, out / "reference", folder)
+    _share_stages(preset, reference, out, folder)
     weights = train(preset, out=folder)
     scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
     asked: dict[str, Any] = {"private": "digits", "feature_network": scoring, **options}
@@ -140,14 +143,20 @@ def _command(name: str) -> str:
     return f"python -m hyperdp_lib.ablations --out runs/ablations --variants {name}"
 
 
-def _share_stages(preset: Preset, reference: Preset, source: Path, folder: Path) -> None:
-    """Take over the checkpoints of stages that nothing changed in, if the reference has them."""
-    same_encoder = (preset.encoder, preset.encoder_noise) == (reference.encoder, reference.encoder_noise)
-    shared = {"features": True, "encoder": same_encoder, "base": preset.base == reference.base}
-    for stage, same in shared.items():
-        there = source / f"{stage}.pt"
-        if same and preset.seed == reference.seed and there.is_file() and not (folder / there.name).exists():
-            shutil.copy2(there, folder / there.name)
+def _share_stages(preset: Preset, reference: Preset, out: Path, folder: Path) -> None:
+    """Take over the checkpoints of stages that are the same in another variant, if that has them."""
+    for name, variant in VARIANTS.items():
+        other = variant.preset(reference)
+        same = {
+            "features": preset.seed == other.seed,
+            "encoder": (preset.seed, preset.encoder, preset.encoder_noise)
+            == (other.seed, other.encoder, other.encoder_noise),
+            "base": (preset.seed, preset.base) == (other.seed, other.base),
+        }
+        for stage in (stage for stage, shared in same.items() if shared):
+            there = out / name / f"{stage}.pt"
+            if there.is_file() and not (folder / there.name).exists():
+                shutil.copy2(there, folder / there.name)
 
 
 def _scores(cells: Sequence[records.Record], epsilon: float | None) -> dict[str, Any]:
