@@ -445,8 +445,9 @@ def _draw_contests(
         axes.add_patch(patch)
         light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.55
         axes.text(
-            x, y, f"{_short(cell.winner)} (of {len(cell.contestants)})", ha="center", va="center", fontsize=7, zorder=7,
-            color="black" if light else "white", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},
+            x, y, f"{_short(cell.winner)}\nof {len(cell.contestants)}", ha="center", va="center", fontsize=6, zorder=7,
+            linespacing=0.95, color="black" if light else "white",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
     for pair in {pair for pair, _ in heights}:
         top = max(height for (other, _), height in heights.items() if other == pair)
