@@ -24,12 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperdp_lib import comparison, diffusion, evaluation, refinement
+from hyperdp_lib import comparison, evaluation, refinement
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet
@@ -38,7 +37,7 @@ from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
 SETS = (("digits", None), ("digits", 128), ("mnist", None))  # private set, and how many of its images
-EPSILON, IMAGES, SURPLUS = 1.0, 2000, 3
+EPSILON, IMAGES = 1.0, 2000
 WAYS = CLASS_MEANS, CELL_MEANS, SAMPLES, AGREEING = "class means", "cell means", "samples", "samples that agree"
 
 
@@ -68,10 +67,7 @@ def measure(
         adapter = fitted(noisy_sum, noise_std)
     classes, each = len(train.class_names), IMAGES // len(train.class_names)
     g = torch.Generator().manual_seed(seed)
-    drawn = diffusion.sample_classes(base_model, adapter, classes, SURPLUS * each, generator=g)
-    labels = torch.arange(classes).repeat_interleave(SURPLUS * each)
-    mixed = torch.cat([i * SURPLUS * each + torch.randperm(SURPLUS * each, generator=g) for i in range(classes)])
-    drawn = drawn[mixed]  # the members of a mixture stand one after the other
+    drawn, labels = refinement.draw_mixed(base_model, adapter, classes, refinement.SURPLUS * each, generator=g)
     said = refinement.classify(drawn, *celled, fitted)
     theirs = evaluation.features(scoring, reference.images)
     chosen = {SAMPLES: labels, AGREEING: said}
@@ -90,8 +86,7 @@ def summary(found: Iterable[dict[str, Any]], name: str) -> dict[str, float]:
     told = {}
     for score in each[0]:
         values = [float(one[score]) for one in each]
-        told[score] = round(float(np.mean(values)), 4)
-        told[f"{score}_sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else float("nan")
+        told[score], told[f"{score}_sd"] = round(statistics.fmean(values), 4), round(statistics.stdev(values), 4)
     return told
 
 

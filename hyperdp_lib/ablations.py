@@ -145,18 +145,20 @@ def _command(name: str) -> str:
 
 def _share_stages(preset: Preset, reference: Preset, out: Path, folder: Path) -> None:
     """Take over the checkpoints of stages that are the same in another variant, if that has them."""
-    for name, variant in VARIANTS.items():
-        other = variant.preset(reference)
-        same = {
-            "features": preset.seed == other.seed,
-            "encoder": (preset.seed, preset.encoder, preset.encoder_noise)
-            == (other.seed, other.encoder, other.encoder_noise),
-            "base": (preset.seed, preset.base) == (other.seed, other.base),
+
+    def decided_by(one: Preset) -> dict[str, tuple]:
+        return {
+            "features": (one.seed,),
+            "encoder": (one.seed, one.encoder, one.encoder_noise),
+            "base": (one.seed, one.base),
         }
-        for stage in (stage for stage, shared in same.items() if shared):
-            there = out / name / f"{stage}.pt"
-            if there.is_file() and not (folder / there.name).exists():
-                shutil.copy2(there, folder / there.name)
+
+    mine = decided_by(preset)
+    for name, variant in VARIANTS.items():
+        for stage, settings in decided_by(variant.preset(reference)).items():
+            there, here = out / name / f"{stage}.pt", folder / f"{stage}.pt"
+            if settings == mine[stage] and there.is_file() and not here.exists():
+                shutil.copy2(there, here)
 
 
 def _scores(cells: Sequence[records.Record], epsilon: float | None) -> dict[str, Any]:

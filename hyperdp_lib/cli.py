@@ -127,8 +127,10 @@ def _sample(options: argparse.Namespace) -> None:
     from hyperdp_lib import data, diffusion, hypernetwork, refinement, release
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
-    adapter = release.load_adapters(options.folder, base_model)
+    released = release.load_release(options.folder, base_model) if options.agreeing else None
+    adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
     class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
+    adapter = adapter.to(options.device)
     base_model.to(options.device)
     # Classes share the images equally, so draw the next multiple and drop the surplus class by class.
     num_classes = len(class_names or ("adapter",))
@@ -137,12 +139,11 @@ def _sample(options: argparse.Namespace) -> None:
         generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True
     )
     agreed = None
-    if options.agreeing:
-        released = release.load_release(options.folder, base_model)
-        released = released._replace(adapter=released.adapter.to(options.device))
+    if released:
+        released = released._replace(adapter=adapter)
         images, agreed = refinement.sample_agreeing(released, network.to(options.device), base_model, each, **drawing)
     else:
-        images = diffusion.sample_classes(base_model, adapter.to(options.device), num_classes, each, **drawing)
+        images = diffusion.sample_classes(base_model, adapter, num_classes, each, **drawing)
     # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
     owner = torch.arange(num_classes).repeat_interleave(each)
     turn = torch.arange(each).repeat(num_classes) * num_classes + owner
@@ -156,8 +157,9 @@ def _sample(options: argparse.Namespace) -> None:
         told = {"written": written, "num_images": len(samples), "class_names": class_names}
         print(json.dumps(told if agreed is None else {**told, "agreed": agreed}))
     else:
-        chosen = "" if agreed is None else f", chosen from three times as many, of which {agreed:.0%} agree"
-        print(f"wrote {len(samples)} images to {' and '.join(written)}{chosen}")
+        print(f"wrote {len(samples)} images to {' and '.join(written)}", end="\n" if agreed is None else "")
+        if agreed is not None:
+            print(f", chosen from {refinement.SURPLUS} times as many, of which {agreed:.0%} agree")
 
 
 def _refine(options: argparse.Namespace) -> None:

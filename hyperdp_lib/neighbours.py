@@ -155,8 +155,7 @@ def decode_near(
     """
     config = config or NeighboursConfig()
     encoder = hypernetwork.encoder
-    with torch.no_grad():
-        adapter = release.decode(np.asarray(noisy_sum), noise_std, hypernetwork, class_names)
+    adapter = release.decode(np.asarray(noisy_sum), noise_std, hypernetwork, class_names)
     prior = Prior.of_bank(encoder, bank)
     means, _ = posterior(noisy_sum, noise_std, prior, encoder.config.count_coordinate)
     images = nearest_images(means, bank, encoder, config)

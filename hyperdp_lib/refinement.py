@@ -46,6 +46,8 @@ from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.posterior import DrawsConfig, Prior
 from hyperdp_lib.release import Release
 
+SURPLUS = 3  # times as many samples are drawn as are chosen of them
+
 
 @dataclass(frozen=True)
 class RefinementConfig:
@@ -282,6 +284,22 @@ def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
     return torch.cat(rows)
 
 
+def draw_mixed(
+    base_model: nn.Module,
+    adapter: Adapter,
+    num_classes: int,
+    per_class: int,
+    *,
+    generator: torch.Generator,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`diffusion.sample_classes` and its labels, each class in random order: the first are not all of one member."""
+    drawn = diffusion.sample_classes(base_model, adapter, num_classes, per_class, generator=generator, **options)
+    starts = range(0, num_classes * per_class, per_class)
+    mixed = torch.cat([start + torch.randperm(per_class, generator=generator) for start in starts])
+    return drawn[mixed], torch.arange(num_classes).repeat_interleave(per_class)
+
+
 @torch.no_grad()
 def sample_agreeing(
     released: Release,
@@ -289,7 +307,7 @@ def sample_agreeing(
     base_model: nn.Module,
     per_class: int,
     *,
-    surplus: int = 3,
+    surplus: int = SURPLUS,
     generator: torch.Generator,
     num_steps: int = 20,
     progress: bool = False,
@@ -318,13 +336,9 @@ def sample_agreeing(
     if count < 2:
         raise InputError("samples can only agree with a release of at least two classes: draw them as they come.")
     hypernetwork, noise_std = _reader(released, hypernetwork)
-    drawn = diffusion.sample_classes(
+    drawn, labels = draw_mixed(
         base_model, released.adapter, count, surplus * per_class, generator=generator, num_steps=num_steps,
         progress=progress,
     )  # fmt: skip
-    labels = torch.arange(count).repeat_interleave(surplus * per_class)
-    # the members of a mixture stand one after the other: mixed, so that the first are not all of one
-    mixed = torch.cat([(labels == label).nonzero()[:, 0][torch.randperm(surplus * per_class, generator=generator)]
-                       for label in range(count)])  # fmt: skip
-    said = classify(drawn[mixed], *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)
-    return drawn[mixed[agreeing(labels, said, per_class)]], float((said == labels).double().mean())
+    said = classify(drawn, *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)
+    return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())

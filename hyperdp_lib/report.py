@@ -260,7 +260,7 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_d
         [
             f"### One unlabelled set of {FEW} images, ε = 1",
             *(f"Public data: {name}.\n\n{sets_table(scores, pairs, (1.0,), against=ours)}" for name, pairs in groups),
-            f"### {numbers(chosen['num_private'])} labelled digits",
+            f"### {most:,} labelled digits",
             *(score_table(chosen, pair, score, against=ours) for score in ("frechet_distance", "accuracy")),
             f"Seeds: {chosen['seed'].nunique()}.",
             *(_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)),

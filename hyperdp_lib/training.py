@@ -518,9 +518,13 @@ class TaskPool:
         self, preset: Preset, embed: Callable[[Tensor], Tensor], source: TaskSource, seed: int, device: str
     ) -> None:
         at_once = preset.fresh_tasks or 12
-        self.in_background = device == "cpu"  # a second core, if there is one; a GPU is the faster of the two
-        self.batches = stream(source, at_once, preset.pool_images, seed, embed=embed if self.in_background else None)
-        self.embed, self.device, self.fresh = embed, device, preset.fresh_tasks > 0
+        self.fresh = preset.fresh_tasks > 0
+        self.batches: Iterator[tuple[Tensor, Tensor]]
+        if device == "cpu":  # in the background too, on a second core, if there is one
+            self.batches = stream(source, at_once, preset.pool_images, seed, embed=embed)
+        else:  # a GPU is faster than that
+            drawn = stream(source, at_once, preset.pool_images, seed)
+            self.batches = ((images, embedded(embed, images, device)) for images in drawn)
         channels, size = preset.encoder.channels, preset.encoder.image_size
         shape = (preset.pool_tasks, preset.pool_images)
         self.images = torch.empty(*shape, channels, size, size, dtype=torch.uint8)
@@ -537,11 +541,11 @@ class TaskPool:
             self._replace()
 
     def _replace(self) -> None:
-        images, codes = next(self.batches) if self.in_background else (next(self.batches), None)
+        images, codes = next(self.batches)
         rows = (self.next + torch.arange(len(images))) % len(self.images)
         self.next = int(rows[-1]) + 1
         self.images[rows] = images
-        self.codes[rows] = embedded(self.embed, images, self.device) if codes is None else codes
+        self.codes[rows] = codes
 
     def draw_codes(
         self, preset: Preset, tasks: int, queries: int, g: torch.Generator
