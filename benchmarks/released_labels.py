@@ -53,7 +53,7 @@ def measure(
     """Accuracy on the test images, and distances of both sets of samples from all private training images."""
     assert train.labels is not None and test.labels is not None
     per_class = len(train) / len(train.class_names)
-    fitted = CellHyperNetwork.fitting(network, controls.noise_std(EPSILON), per_class)
+    fitted = CellHyperNetwork.fitting(network, controls.noise_std(EPSILON), per_class, labelled=True)
     released, noise_std = controls.noisy_class_sums(
         train.images, train.labels, fitted.encoder, epsilon=EPSILON, num_classes=len(train.class_names), seed=seed
     )

@@ -11,7 +11,7 @@ the noise on each number. It is the same mechanism, released once, with a longer
 it is decoded into an adapter of its own; a class is their mixture, in proportion to the noisy counts.
 
 Which cells there are is public: centroids of the vectors of public tasks. How many is public, too: it follows from the
-*declared* size and the noise (`cells_for`).
+*declared* size, the noise, and whether there are labels (`cells_for`).
 """
 
 from __future__ import annotations
@@ -33,19 +33,29 @@ from hyperdp_lib.hypernetwork import load_pretrained, resolve, write_half
 from hyperdp_lib.nested import CELLS_FILE, COORDINATES, NestedHyperNetwork
 
 NUMBERS = (1, 4, 16, 64)  # of cells, that a release may have
-ENOUGH = 16.0  # times the noise on a number: what a cell must hold if all were equal, see `cells_for`
-LEAST = 8  # images, if there is no noise
-COUNTED = 5.0  # times the noise on a count: a cell with less is left out
+# By number of cells: images for each, if all held as many, over the noise on a number; see `cells_for`. A set without
+# labels is split by cells alone, so it gains more by them, but not by four: too few to tell its kinds of images apart.
+ENOUGH: dict[bool, dict[int, float]] = {
+    True: {4: 16.0, 16: 16.0, 64: 16.0},  # a labelled class
+    False: {16: 7.0, 64: 16.0},  # one set without labels
+}
+LEAST = 8  # images for each cell, if there is no noise
+COUNTED = 2.0  # times the noise on a count: a cell with less is left out
 SLOTS = 20  # members of the mixture that stands for a class: weights are multiples of 1 / SLOTS
 
 
-def cells_for(noise_std: float, declared_per_class: float) -> int:
-    """How many cells a declared size of a class and the noise on a sum support; both public.
+def cells_for(noise_std: float, declared_per_class: float, *, labelled: bool) -> int:
+    """How many cells a declared size of a class, or of a set without labels, and the noise on a sum support; public.
 
-    >>> [cells_for(3.73, size) for size in (144, 1000, 6000)], cells_for(0.5, 144)
+    >>> [cells_for(3.73, size, labelled=True) for size in (144, 1000, 6000)], cells_for(0.5, 144, labelled=True)
+    ([1, 16, 64], 16)
+    >>> [cells_for(3.73, size, labelled=False) for size in (128, 512, 6000)], cells_for(1.0, 128, labelled=False)
     ([1, 16, 64], 16)
     """
-    return max(m for m in NUMBERS if m == 1 or declared_per_class / m >= max(ENOUGH * noise_std, LEAST))
+    supported = (
+        m for m, enough in ENOUGH[labelled].items() if declared_per_class / m >= max(enough * noise_std, LEAST)
+    )
+    return max(supported, default=1)
 
 
 def find_centroids(encoder: Any, public_images: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -98,18 +108,23 @@ class CellHyperNetwork(nn.Module):
         For sums without cells.
     centroids : (M, k)
         For vectors of its encoder.
+    counted : float
+        A cell is left out if its count is less than so many times the noise on it; the largest never is.
     """
 
-    def __init__(self, hypernetwork: Any, centroids: Tensor) -> None:
+    def __init__(self, hypernetwork: Any, centroids: Tensor, counted: float = COUNTED) -> None:
         super().__init__()
         self.hypernetwork = hypernetwork
+        self.counted = counted
         self.encoder = CellEncoder(hypernetwork.encoder, centroids)
         self.base_model_sha256: str | None = hypernetwork.base_model_sha256
 
     @classmethod
-    def fitting(cls, hypernetwork: NestedHyperNetwork, noise_std: float, declared_per_class: float) -> CellHyperNetwork:
+    def fitting(
+        cls, hypernetwork: NestedHyperNetwork, noise_std: float, declared_per_class: float, *, labelled: bool
+    ) -> CellHyperNetwork:
         """With as many cells, and coordinates in each, as a declared size of a class and the noise support."""
-        count = cells_for(noise_std, declared_per_class)
+        count = cells_for(noise_std, declared_per_class, labelled=labelled)
         # a class fills only some of the cells: about a fourth part
         fitted = hypernetwork.fitting(noise_std, declared_per_class / max(1.0, count / 4))
         k = fitted.encoder.coordinates
@@ -124,7 +139,7 @@ class CellHyperNetwork(nn.Module):
         found = []
         for row in noisy_sum.view(len(noisy_sum), cells, -1):
             count = row[:, 0] / constant
-            kept = count > COUNTED * float(torch.as_tensor(noise_std).max()) / constant
+            kept = count > self.counted * float(torch.as_tensor(noise_std).max()) / constant
             kept[count.argmax()] = True
             found.append((row[kept], apportion(count[kept].clamp_min(1e-6))))
         return found
@@ -143,10 +158,10 @@ class CellHyperNetwork(nn.Module):
         return self.hypernetwork.decoder_state()
 
 
-def fit(network: Any, noise_std: float, declared_per_class: float) -> tuple[Any, str]:
+def fit(network: Any, noise_std: float, declared_per_class: float, *, labelled: bool) -> tuple[Any, str]:
     """The network for a declared size and the noise on a sum, and a description of its sums for the ledger."""
     if isinstance(network, NestedHyperNetwork) and network.centroids:
-        fitted = CellHyperNetwork.fitting(network, noise_std, declared_per_class)
+        fitted = CellHyperNetwork.fitting(network, noise_std, declared_per_class, labelled=labelled)
         count, k = fitted.encoder.centroids.shape
         if count > 1:
             return fitted, f"a sum has a count and {k} coordinates for each of {count} cells"

@@ -82,7 +82,7 @@ def _release(options: argparse.Namespace) -> None:
     ledger: tuple[LedgerEntry, ...] = ()
     if options.declared_size is not None:
         per_class = options.declared_size / len(private.class_names or ("one",))
-        network, text = cells.fit(network, _noise_std(options), per_class)
+        network, text = cells.fit(network, _noise_std(options), per_class, labelled=private.labels is not None)
         declared = f"number of images, about {options.declared_size}: {text}"
         ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
         _tell(f"declared public: {declared}")

@@ -12,7 +12,7 @@ from hyperdp_lib import mechanism
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import NUMBERS, SLOTS, CellEncoder, CellHyperNetwork, apportion, cells_for, find_centroids
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, digits
 from hyperdp_lib.embedding import CHUNK, embed
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.refinement import RefinementConfig, refine
@@ -86,7 +86,7 @@ def test_a_release_goes_through_the_one_mechanism(network, images):
 
 def test_cells_with_too_little_are_left_out_and_the_largest_never(network):
     sums = torch.zeros(2, 4, 16)
-    sums[0, :, 0] = torch.tensor([100.0, 0.5, 50.0, -3.0])  # halves of counts
+    sums[0, :, 0] = torch.tensor([100.0, 0.5, 50.0, -3.0])  # counts times the count coordinate
     sums[1, :, 0] = torch.tensor([1.0, 2.0, -1.0, 0.0])
     (first, slots), (second, alone) = network.parts(sums.flatten(1), 3.7)
     assert first[:, 0].tolist() == [100.0, 50.0] and slots.tolist() == [13, 7]
@@ -126,19 +126,41 @@ def test_slots_add_up_and_follow_the_weights(weights):
     assert ((slots - exact).abs() < 1 + 1e-6).all()
 
 
-@given(st.floats(0, 100), st.floats(1, 1e6), st.floats(1, 4))
-def test_more_images_or_less_noise_never_mean_fewer_cells(noise_std, size, factor):
-    assert cells_for(noise_std, size) in NUMBERS
-    assert cells_for(noise_std, size * factor) >= cells_for(noise_std, size) >= cells_for(noise_std * factor, size)
+@given(st.floats(0, 100), st.floats(1, 1e6), st.floats(1, 4), st.booleans())
+def test_more_images_or_less_noise_never_mean_fewer_cells(noise_std, size, factor, labelled):
+    def number(noise, images):
+        return cells_for(noise, images, labelled=labelled)
+
+    assert number(noise_std, size) in NUMBERS
+    assert number(noise_std, size * factor) >= number(noise_std, size) >= number(noise_std * factor, size)
 
 
-def test_a_dozen_images_get_one_cell_even_without_noise():
-    assert cells_for(0.0, 12) == 1
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_dozen_images_get_one_cell_even_without_noise(labelled):
+    assert cells_for(0.0, 12, labelled=labelled) == 1
+
+
+def test_where_a_mixed_set_first_gets_cells_the_decoder_uses_what_most_images_lie_in():
+    noise_std, size = 3.73, 420
+    assert [cells_for(noise_std, n, labelled=False) for n in (size - 4, size)] == [1, 16]  # the border of the rule
+    fitted = CellHyperNetwork.fitting(load_pretrained("glyphs-nested")[1], noise_std, size, labelled=False)
+    mixed = digits("train").images[:size]
+    cell = embed(fitted.encoder, mixed).view(size, 16, -1)[:, :, 0].argmax(1)
+    used = []
+    for seed in range(20):
+        sums, std = controls.noisy_class_sums(mixed, None, fitted.encoder, epsilon=1.0, seed=seed)
+        rows, _ = fitted.parts(torch.as_tensor(sums, dtype=torch.float32), std)[0]
+        counts = torch.as_tensor(sums, dtype=torch.float32).view(16, -1)[:, 0]
+        kept = torch.isin(counts, rows[:, 0]).nonzero()[:, 0]
+        used.append(float(torch.isin(cell, kept).float().mean()))
+    assert std == pytest.approx(noise_std, rel=1e-2)
+    assert sum(used) / len(used) > 0.7
 
 
 @pytest.mark.parametrize(("noise_std", "size", "count", "coordinates"), [(3.73, 12.8, 1, 16), (3.73, 6000, 64, 64)])
-def test_the_shipped_weights_have_centroids_for_every_size(noise_std, size, count, coordinates):
-    fitted = CellHyperNetwork.fitting(load_pretrained("glyphs-nested")[1], noise_std, size)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_shipped_weights_have_centroids_for_every_size(noise_std, size, count, coordinates, labelled):
+    fitted = CellHyperNetwork.fitting(load_pretrained("glyphs-nested")[1], noise_std, size, labelled=labelled)
     assert fitted.encoder.centroids.shape == (count, coordinates)
     lengths = fitted.encoder.centroids.norm(dim=1)
     assert torch.allclose(lengths, torch.full_like(lengths, float(count > 1)), atol=2e-3)
@@ -153,4 +175,4 @@ def test_weights_without_cells_say_what_to_do(plain):
     bare = load_pretrained("glyphs-nested")[1]
     bare.centroids = {}
     with pytest.raises(InputError, match=r"hyperdp_lib\.cells"):
-        CellHyperNetwork.fitting(bare, 0.1, 6000)
+        CellHyperNetwork.fitting(bare, 0.1, 6000, labelled=True)
