@@ -9,7 +9,9 @@ an image goes to the class that has the nearest released mean. All of this is po
 * ``cell means``: the nearest mean of a cell of a class, of those that the decoder uses;
 * ``samples``: a support vector machine on 2,000 samples of the adapters, as everywhere in the book;
 * ``samples that agree``: the same, on 2,000 of three times as many, those that ``cell means`` give to the class they
-  were drawn for (``hyperdp sample --agreeing``).
+  were drawn for (``hyperdp sample --labels agreeing``);
+* ``samples relabelled``: on the first 2,000, each with the class that ``cell means`` give it (``--labels released``);
+* ``all samples``, ``all relabelled``: the same as the first and the last, on three times as many.
 
 Half an hour of a core, most of it for the samples.
 """
@@ -38,7 +40,10 @@ from hyperdp_lib.records import provenance, write_atomically
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
 SETS = (("digits", None), ("digits", 128), ("mnist", None))  # private set, and how many of its images
 EPSILON, IMAGES = 1.0, 2000
-WAYS = CLASS_MEANS, CELL_MEANS, SAMPLES, AGREEING = "class means", "cell means", "samples", "samples that agree"
+MEANS = CLASS_MEANS, CELL_MEANS = "class means", "cell means"
+SAMPLES, AGREEING, RELABELLED = "samples", "samples that agree", "samples relabelled"
+ALL, ALL_RELABELLED = "all samples", "all relabelled"
+WAYS = (*MEANS, SAMPLES, AGREEING, RELABELLED, ALL, ALL_RELABELLED)
 
 
 def class_means(network: CellHyperNetwork, noisy_sum: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,10 +75,14 @@ def measure(
     drawn, labels = refinement.draw_mixed(base_model, adapter, classes, refinement.SURPLUS * each, generator=g)
     said = refinement.classify(drawn, *celled, fitted)
     theirs = evaluation.features(scoring, reference.images)
-    chosen = {SAMPLES: labels, AGREEING: said}
-    for name, rows in ((way, refinement.agreeing(labels, told, each)) for way, told in chosen.items()):
+    few, many = refinement.agreeing(labels, labels, each), torch.arange(len(drawn))
+    chosen = {
+        SAMPLES: (few, labels), AGREEING: (refinement.agreeing(labels, said, each), labels), RELABELLED: (few, said),
+        ALL: (many, labels), ALL_RELABELLED: (many, said),
+    }  # fmt: skip
+    for name, (rows, told) in chosen.items():
         found[name] = {
-            "accuracy": evaluation.downstream_accuracy(drawn[rows], labels[rows], test.images, test.labels),
+            "accuracy": evaluation.downstream_accuracy(drawn[rows], told[rows], test.images, test.labels),
             "frechet_distance": evaluation.frechet_distance(evaluation.features(scoring, drawn[rows]), theirs),
         }
     found[AGREEING]["kept"] = float((said == labels).double().mean())

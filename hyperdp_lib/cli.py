@@ -127,7 +127,7 @@ def _sample(options: argparse.Namespace) -> None:
     from hyperdp_lib import data, diffusion, hypernetwork, refinement, release
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
-    released = release.load_release(options.folder, base_model) if options.agreeing else None
+    released = release.load_release(options.folder, base_model) if options.labels != "drawn" else None
     adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
     class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
     adapter = adapter.to(options.device)
@@ -138,17 +138,25 @@ def _sample(options: argparse.Namespace) -> None:
     drawing: dict[str, Any] = dict(
         generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True
     )
+    owner = labels = torch.arange(num_classes).repeat_interleave(each)
     agreed = None
     if released:
-        released = released._replace(adapter=adapter)
-        images, agreed = refinement.sample_agreeing(released, network.to(options.device), base_model, each, **drawing)
+        models = released._replace(adapter=adapter), network.to(options.device), base_model
+        if options.labels == "agreeing":
+            images, agreed = refinement.sample_agreeing(*models, each, **drawing)
+        else:
+            images, labels, agreed = refinement.sample_relabelled(*models, each, **drawing)
     else:
         images = diffusion.sample_classes(base_model, adapter, num_classes, each, **drawing)
     # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
-    owner = torch.arange(num_classes).repeat_interleave(each)
     turn = torch.arange(each).repeat(num_classes) * num_classes + owner
     kept = turn < options.num_images
-    samples = data.ImageSet(images[kept], owner[kept] if class_names else None, class_names)
+    samples = data.ImageSet(images[kept], labels[kept] if class_names else None, class_names)
+    missing = set(range(num_classes)) - set(labels[kept].tolist())
+    if missing:
+        names = ", ".join(repr((class_names or ())[k]) for k in sorted(missing))
+        instead = ", or use --labels drawn" if options.labels == "released" else ""
+        _refuse(f"none of the images is for {names}: draw more (--num-images){instead}")
     data.save_npz(options.out, samples)
     if options.grid is not None:
         data.save_grid(options.grid, samples)
@@ -159,7 +167,8 @@ def _sample(options: argparse.Namespace) -> None:
     else:
         print(f"wrote {len(samples)} images to {' and '.join(written)}", end="\n" if agreed is None else "")
         if agreed is not None:
-            print(f", chosen from {refinement.SURPLUS} times as many, of which {agreed:.0%} agree")
+            chosen = f"chosen from {refinement.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
+            print(f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for")
 
 
 def _refine(options: argparse.Namespace) -> None:
@@ -673,7 +682,13 @@ def _parser() -> Parser:
     add("--num-images", type=int, default=1000, help="in all, shared equally by the classes; default: 1000")
     add("--seed", type=int, default=0, help="default: 0")
     add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
-    add("--agreeing", action="store_true", help="of three times as many, those that the release gives to their class")
+    add(
+        "--labels",
+        choices=("drawn", "agreeing", "released"),
+        default="drawn",
+        help="the class drawn for; or so, and of three times as many only images that the release gives to it; "
+        "or all, each with the class that the release gives it; default: drawn",
+    )
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--out", type=Path, required=True, metavar="NPZ", help="images (uint8) and, with classes, labels")
     add("--grid", type=Path, metavar="PNG", help="also write a sheet of samples")

@@ -19,7 +19,8 @@ public tasks, a larger gain buys more: the settings of the comparison, tuned on 
 
 `decode_again` offers two other ways beside this one: training on public neighbours (`hyperdp_lib.neighbours`) and
 draws of the clean mean (`hyperdp_lib.posterior`). And a release with classes is a classifier by itself (`classify`), by
-which samples can be chosen (`sample_agreeing`): what it learned of the labels is more than its samples keep.
+which samples can be chosen (`sample_agreeing`) or labelled (`sample_relabelled`): what it learned of the labels is
+more than its samples keep.
 """
 
 from __future__ import annotations
@@ -300,7 +301,6 @@ def draw_mixed(
     return drawn[mixed], torch.arange(num_classes).repeat_interleave(per_class)
 
 
-@torch.no_grad()
 def sample_agreeing(
     released: Release,
     hypernetwork: Any,
@@ -308,37 +308,61 @@ def sample_agreeing(
     per_class: int,
     *,
     surplus: int = SURPLUS,
-    generator: torch.Generator,
-    num_steps: int = 20,
-    progress: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, float]:
     """Samples that the release itself gives to the class they were drawn for, chosen from ``surplus`` times as many.
 
-    It reads the release and public models only: no privacy cost.
-
-    Parameters
-    ----------
-    released : of at least two classes.
-    hypernetwork : the one whose encoder it was made with.
-    per_class : images of each class.
+    It reads the release and public models only: no privacy cost. Parameters and errors are those of
+    `sample_relabelled`.
 
     Returns
     -------
     images : (K per_class, C, H, W) in [-1, 1], class after class.
     share : of all that were drawn, those that agree. Where too few of a class do, others of it make up the number.
+    """
+    drawn, labels, said = _drawn(released, hypernetwork, base_model, surplus * per_class, **options)
+    return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())
+
+
+def sample_relabelled(
+    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
+) -> tuple[Tensor, Tensor, float]:
+    """Samples of all classes, each with the label that the release itself gives it, whatever it was drawn for.
+
+    It reads the release and public models only: no privacy cost. Nothing is thrown away, and what lies between two
+    classes is told which it is; so a classifier learns more of the release than from samples labelled as drawn, if the
+    release tells the classes apart well. With a dozen images a class and much noise it does not.
+
+    Parameters
+    ----------
+    released : of at least two classes.
+    hypernetwork : the one whose encoder it was made with.
+    per_class : images drawn for each class.
+    **options : ``generator``, ``num_steps`` and ``progress`` of `diffusion.sample_classes`.
+
+    Returns
+    -------
+    images : (K per_class, C, H, W) in [-1, 1], in the order of the classes they were drawn for.
+    labels : (K per_class,), not in equal number.
+    share : of all images, those whose label is the class they were drawn for.
 
     Raises
     ------
     InputError
         if there are no classes to tell apart, or the noisy sum was not made with this hypernetwork's encoder.
     """
+    drawn, labels, said = _drawn(released, hypernetwork, base_model, per_class, **options)
+    return drawn, said, float((said == labels).double().mean())
+
+
+@torch.no_grad()
+def _drawn(
+    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, the classes they were drawn for, and the classes that the release gives them."""
     count = len(released.certificate.class_names)
     if count < 2:
         raise InputError("samples can only agree with a release of at least two classes: draw them as they come.")
     hypernetwork, noise_std = _reader(released, hypernetwork)
-    drawn, labels = draw_mixed(
-        base_model, released.adapter, count, surplus * per_class, generator=generator, num_steps=num_steps,
-        progress=progress,
-    )  # fmt: skip
-    said = classify(drawn, *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)
-    return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())
+    drawn, labels = draw_mixed(base_model, released.adapter, count, per_class, **options)
+    return drawn, labels, classify(drawn, *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)

@@ -243,7 +243,7 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     samples = data.load_images(out)
     assert len(samples) == 135 and samples.class_names == tuple("0123456789")
     capsys.readouterr()
-    agreeing = [*command, "--agreeing", "--num-images", "25", "--json"]
+    agreeing = [*command, "--labels", "agreeing", "--num-images", "25", "--json"]
     assert cli.main([*agreeing, "--out", str(tmp_path / "agreeing.npz")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["num_images"] == len(data.load_images(tmp_path / "agreeing.npz")) == 25 and 0 <= told["agreed"] <= 1
@@ -252,6 +252,20 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     assert cli.main(command) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["frechet_distance"] > 0 and 0 <= scores["accuracy"] <= 1
+
+
+def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused):
+    out = tmp_path / "release"
+    command = ["release", "digits", "--epsilon", "4", "--seed", "0", "--num-samples", "0", "--out", str(out)]
+    assert cli.main(command) == 0
+    command = ["sample", str(out), "--num-steps", "4", "--labels", "released", "--out", str(tmp_path / "told.npz")]
+    capsys.readouterr()
+    assert cli.main([*command, "--num-images", "200"]) == 0
+    assert "relabelled; the release agrees with" in capsys.readouterr().out
+    samples = data.load_images(tmp_path / "told.npz")
+    drawn_for = torch.arange(10).repeat_interleave(20)
+    assert len(samples) == 200 and 0.5 < float((samples.labels == drawn_for).double().mean()) < 1
+    refused(*command, "--num-images", "5", "--overwrite", expect="draw more (--num-images), or use --labels drawn")
 
 
 def test_release_options_reach_the_certificate(weights, digit_folder, tmp_path, capsys):

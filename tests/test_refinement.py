@@ -203,7 +203,12 @@ def test_samples_that_agree_are_nearer_to_what_was_released():
     assert images.shape == (400, 1, 16, 16) and 0.5 < share < 1 and (said == labels).double().mean() > share
     assert float((refinement.classify(test.images, *means, network) == test.labels).double().mean()) > 0.85
     assert images.shape[0] == len(refinement.agreeing(labels, said, 40))  # every class is full
+    drawn, told, agreed = refinement.sample_relabelled(made, network, base_model, **{**asked, "per_class": 60})
+    assert drawn.shape == (600, 1, 16, 16) and 0.5 < agreed < 1
+    assert torch.equal(told, refinement.classify(drawn, *means, network))
+    asked_for = torch.arange(10).repeat_interleave(60)
+    assert float((told == asked_for).double().mean()) == pytest.approx(agreed)
     with pytest.raises(InputError, match="at least two classes"):
         refinement.sample_agreeing(release(train.images, network, epsilon=1.0, seed=0), network, base_model, **asked)
     with pytest.raises(InputError, match="this hypernetwork's encoder"):
-        refinement.sample_agreeing(made, hypernetwork.load_pretrained("drawings")[1], base_model, **asked)
+        refinement.sample_relabelled(made, hypernetwork.load_pretrained("drawings")[1], base_model, **asked)
