@@ -42,7 +42,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import embed_batches
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
 from hyperdp_lib.records import provenance, write_atomically
 from hyperdp_lib.theory import deepsets
@@ -280,8 +279,10 @@ class LearnedHyperNetwork:
         rows = torch.as_tensor(np.asarray(examples), dtype=torch.float32)
         if rows.ndim != 2 or rows.shape[1] != self.setting.d + 1:
             raise InputError(f"examples must be rows (x, y) of {self.setting.d + 1} numbers, got {tuple(rows.shape)}")
-        # The image encoder's way of running in batches of one size; it needs no more of an encoder than this one has.
-        return next(embed_batches(cast(Any, self.encoder), [rows]))
+        # One at a time, in memory of its own: a product of small matrices gives a row, on some processors, another last
+        # bit in another place. With that, one record would move the vectors of all that come after it.
+        vectors = [self.encoder(row.clone()[None]) for row in rows]
+        return torch.cat(vectors or [rows.new_zeros(0, self.dimension)]).numpy()
 
     @torch.no_grad()
     def release(self, examples: ArrayLike, mu: float, *, seed: int | None = None) -> Array:
