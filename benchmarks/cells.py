@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from hyperdp_lib import cells, data, diffusion, evaluation
+from hyperdp_lib import cells, data, diffusion, evaluation, refinement
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
@@ -52,11 +51,6 @@ def draw(name: str, split: str, seed: int) -> ImageSet:
     return ImageSet(source.images[torch.cat(rows)[order]], labels[order], names)
 
 
-def first_of_each(labels: Tensor, size: int) -> Tensor:
-    """Rows of the first ``size`` images of each class."""
-    return torch.cat([torch.nonzero(labels == label)[:size, 0] for label in range(CLASSES)])
-
-
 @functools.cache
 def prepared(name: str, seed: int) -> tuple[ImageSet, ImageSet, np.ndarray]:
     """All images of the classes, test images of them, and features of the former."""
@@ -76,15 +70,11 @@ def measure(
     base_model, network = models
     everything, tests, theirs = prepared(name, seed)
     assert everything.labels is not None
-    rows = first_of_each(everything.labels, size) if labelled else torch.arange(size)
+    rows = refinement.agreeing(everything.labels, everything.labels, size) if labelled else torch.arange(size)
     images, labels = everything.images[rows], everything.labels[rows] if labelled else None
     classes = CLASSES if labelled else 1
     noise_std = controls.noise_std(epsilon)
-    fitted = network.fitting(noise_std, size / max(1.0, count / 4))
-    k = fitted.encoder.coordinates
-    made = cells.CellHyperNetwork(
-        fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k), counted
-    )
+    made = cells.CellHyperNetwork.with_cells(count, network, noise_std, size, counted)
     sums, _ = controls.noisy_class_sums(images, labels, made.encoder, epsilon=epsilon, num_classes=classes, seed=seed)
     with torch.no_grad():
         adapter = made(torch.from_numpy(sums).float(), noise_std)
@@ -95,7 +85,7 @@ def measure(
     if labelled:
         asked = torch.arange(CLASSES).repeat_interleave(IMAGES // CLASSES)
         scores["accuracy"] = evaluation.downstream_accuracy(samples, asked, tests.images, tests.labels)
-    return scores, k
+    return scores, made.hypernetwork.encoder.coordinates
 
 
 def main() -> None:

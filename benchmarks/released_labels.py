@@ -74,7 +74,7 @@ def measure(
     g = torch.Generator().manual_seed(seed)
     drawn, labels = refinement.draw_mixed(base_model, adapter, classes, MANY // classes, generator=g)
     said = refinement.classify(drawn, *celled, fitted)
-    theirs = evaluation.features(scoring, reference.images)
+    ours, theirs = (evaluation.features(scoring, images) for images in (drawn, reference.images))
     first, more, many = (refinement.agreeing(labels, labels, n) for n in (each, refinement.SURPLUS * each, MANY))
     agree = more[refinement.agreeing(labels[more], said[more], each)]
     chosen = {
@@ -84,7 +84,7 @@ def measure(
     for name, (rows, told) in chosen.items():
         found[name] = {
             "accuracy": evaluation.downstream_accuracy(drawn[rows], told[rows], test.images, test.labels),
-            "frechet_distance": evaluation.frechet_distance(evaluation.features(scoring, drawn[rows]), theirs),
+            "frechet_distance": evaluation.frechet_distance(ours[rows], theirs),
         }
     found[AGREEING]["kept"] = float((said == labels).double().mean())
     return {**found, "cells": len(fitted.encoder.centroids)}

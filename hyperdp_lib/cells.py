@@ -125,12 +125,24 @@ class CellHyperNetwork(nn.Module):
     ) -> CellHyperNetwork:
         """With as many cells, and coordinates in each, as a declared size of a class and the noise support."""
         count = cells_for(noise_std, declared_per_class, labelled=labelled)
+        return cls.with_cells(count, hypernetwork, noise_std, declared_per_class)
+
+    @classmethod
+    def with_cells(
+        cls,
+        count: int,
+        hypernetwork: NestedHyperNetwork,
+        noise_std: float,
+        declared_per_class: float,
+        counted: float = COUNTED,
+    ) -> CellHyperNetwork:
+        """With so many cells, and as many coordinates in each as a declared size of a class and the noise support."""
         # a class fills only some of the cells: about a fourth part
         fitted = hypernetwork.fitting(noise_std, declared_per_class / max(1.0, count / 4))
         k = fitted.encoder.coordinates
         if count > 1 and not fitted.centroids:
             raise InputError(f"these weights have no {CELLS_FILE}: python -m hyperdp_lib.cells makes it.")
-        return cls(fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k))
+        return cls(fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k), counted)
 
     def parts(self, noisy_sum: Tensor, noise_std: Tensor | float) -> list[tuple[Tensor, Tensor]]:
         """Of each class: the sums of the cells that have enough in them (m, 1 + k), and their slots (m,)."""

@@ -165,10 +165,11 @@ def _sample(options: argparse.Namespace) -> None:
         told = {"written": written, "num_images": len(samples), "class_names": class_names}
         print(json.dumps(told if agreed is None else {**told, "agreed": agreed}))
     else:
-        print(f"wrote {len(samples)} images to {' and '.join(written)}", end="\n" if agreed is None else "")
+        how = ""
         if agreed is not None:
             chosen = f"chosen from {refinement.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
-            print(f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for")
+            how = f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for"
+        print(f"wrote {len(samples)} images to {' and '.join(written)}{how}")
 
 
 def _refine(options: argparse.Namespace) -> None:

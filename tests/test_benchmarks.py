@@ -87,6 +87,7 @@ def test_labels_of_a_release_are_measured_end_to_end(released_labels):
     scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(released_labels, "IMAGES", 200)
+        patch.setattr(released_labels, "MANY", 200)
         patch.setattr(refinement, "SURPLUS", 1)
         patch.setattr(diffusion, "sample_classes", functools.partial(diffusion.sample_classes, num_steps=2))
         found = released_labels.measure(few, private, data.digits("test"), base_model, network, scoring, 0)

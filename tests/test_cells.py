@@ -149,9 +149,9 @@ def test_where_a_mixed_set_first_gets_cells_the_decoder_uses_what_most_images_li
     used = []
     for seed in range(20):
         sums, std = controls.noisy_class_sums(mixed, None, fitted.encoder, epsilon=1.0, seed=seed)
-        rows, _ = fitted.parts(torch.as_tensor(sums, dtype=torch.float32), std)[0]
-        counts = torch.as_tensor(sums, dtype=torch.float32).view(16, -1)[:, 0]
-        kept = torch.isin(counts, rows[:, 0]).nonzero()[:, 0]
+        noisy_sum = torch.as_tensor(sums, dtype=torch.float32)
+        rows, _ = fitted.parts(noisy_sum, std)[0]
+        kept = torch.isin(noisy_sum.view(16, -1)[:, 0], rows[:, 0]).nonzero()[:, 0]
         used.append(float(torch.isin(cell, kept).float().mean()))
     assert std == pytest.approx(noise_std, rel=1e-2)
     assert sum(used) / len(used) > 0.7
