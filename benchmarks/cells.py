@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hyperdp_lib import cells, data, diffusion, evaluation, refinement
+from hyperdp_lib import cells, classifier, data, diffusion, evaluation
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
@@ -70,7 +70,7 @@ def measure(
     base_model, network = models
     everything, tests, theirs = prepared(name, seed)
     assert everything.labels is not None
-    rows = refinement.agreeing(everything.labels, everything.labels, size) if labelled else torch.arange(size)
+    rows = classifier.agreeing(everything.labels, everything.labels, size) if labelled else torch.arange(size)
     images, labels = everything.images[rows], everything.labels[rows] if labelled else None
     classes = CLASSES if labelled else 1
     noise_std = controls.noise_std(epsilon)
@@ -100,12 +100,8 @@ def main() -> None:
     asked += [(*one, False, epsilon, 16, STRICT) for one in MIXED for epsilon in EPSILONS]
     rows = []
     for name, size, labelled, epsilon, count, counted in tqdm(asked, desc="cells", disable=None):
-        found = [
-            measure(models, name, size, labelled, epsilon, count, counted, seed) for seed in range(options.seeds)
-        ]
-        means = {
-            score: round(statistics.fmean(scores[score] for scores, _ in found), 3) for score in found[0][0]
-        }
+        found = [measure(models, name, size, labelled, epsilon, count, counted, seed) for seed in range(options.seeds)]
+        means = {score: round(statistics.fmean(scores[score] for scores, _ in found), 3) for score in found[0][0]}
         taken = counted == cells.COUNTED and count == cells.cells_for(
             controls.noise_std(epsilon), size, labelled=labelled
         )

@@ -31,6 +31,7 @@ The modules, in the order in which to read them:
 `posterior`         what a noisy sum leaves open: draws of the clean mean
 `neighbours`        a released adapter trained further on the public images nearest to the release
 `refinement`        better decoding of a release, from the release alone
+`classifier`        what a release says about labels, and samples that keep it
 `evaluation`        research metrics, not differentially private
 `mobilenet`         features for colour photographs, from a file of one's own
 `reference_stats`   features of a reference set, summed up in a file
@@ -76,6 +77,7 @@ __all__ = [
     "cells",
     "certificate",
     "claims",
+    "classifier",
     "comparison",
     "comparison_tables",
     "data",

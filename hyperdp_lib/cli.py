@@ -124,7 +124,7 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import data, diffusion, hypernetwork, refinement, release
+    from hyperdp_lib import classifier, data, diffusion, hypernetwork, release
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     released = release.load_release(options.folder, base_model) if options.labels != "drawn" else None
@@ -143,9 +143,9 @@ def _sample(options: argparse.Namespace) -> None:
     if released:
         models = released._replace(adapter=adapter), network.to(options.device), base_model
         if options.labels == "agreeing":
-            images, agreed = refinement.sample_agreeing(*models, each, **drawing)
+            images, agreed = classifier.sample_agreeing(*models, each, **drawing)
         else:
-            images, labels, agreed = refinement.sample_relabelled(*models, each, **drawing)
+            images, labels, agreed = classifier.sample_relabelled(*models, each, **drawing)
     else:
         images = diffusion.sample_classes(base_model, adapter, num_classes, each, **drawing)
     # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
@@ -167,7 +167,7 @@ def _sample(options: argparse.Namespace) -> None:
     else:
         how = ""
         if agreed is not None:
-            chosen = f"chosen from {refinement.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
+            chosen = f"chosen from {classifier.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
             how = f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for"
         print(f"wrote {len(samples)} images to {' and '.join(written)}{how}")
 
@@ -402,9 +402,7 @@ def _train(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import training
 
-    weights = training.train(
-        options.preset, device=options.device, out=options.out, resume=not options.restart
-    )
+    weights = training.train(options.preset, device=options.device, out=options.out, resume=not options.restart)
     print(f"wrote {weights}")
 
 
@@ -554,9 +552,7 @@ def _check_input(name_or_path: str | Path) -> None:
         require_source(name_or_path)
 
 
-def _check_output(
-    path: Path, overwrite: bool, suffix: str | None = None, folder_of: str | None = None
-) -> None:
+def _check_output(path: Path, overwrite: bool, suffix: str | None = None, folder_of: str | None = None) -> None:
     """That ``path`` can be written and nothing is lost by it."""
     if suffix is not None and path.suffix.lower() != suffix:
         _refuse(f"output {str(path)!r} must end in {suffix}; rename it")

@@ -26,6 +26,7 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
+PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.posterior
 # Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so
 # LoRA there acts like conditioning.
 TARGET_MODULES = (
@@ -93,6 +94,7 @@ class HyperNetwork(nn.Module):
         self.head_b = nn.Linear(config.head_width, sum(sizes_b))
         self._sizes = (sizes_a, sizes_b)
         self.base_model_sha256: str | None = None  # set once the base model is final
+        self.priors: Mapping[str, Tensor] = {}  # of `posterior.Prior`; empty if the weights have none
         self._initialise()
 
     def _initialise(self) -> None:
@@ -114,9 +116,7 @@ class HyperNetwork(nn.Module):
         self.encoder.eval()
         return self
 
-    def forward(
-        self, noisy_sum: Tensor, noise_std: Tensor | float, names: tuple[str, ...] | None = None
-    ) -> Adapter:
+    def forward(self, noisy_sum: Tensor, noise_std: Tensor | float, names: tuple[str, ...] | None = None) -> Adapter:
         """Adapters of T data sets from their noisy sums.
 
         Parameters
@@ -125,9 +125,7 @@ class HyperNetwork(nn.Module):
         noise_std : standard deviation of the noise on each coordinate of the sum, a number or (T,); public.
         names : one a data set, e.g. the class names.
         """
-        std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(
-            len(noisy_sum)
-        )
+        std = torch.as_tensor(noise_std, dtype=noisy_sum.dtype, device=noisy_sum.device).expand(len(noisy_sum))
         return self.generate(self.features(noisy_sum, std), names)
 
     def features(self, noisy_sum: Tensor, noise_std: Tensor) -> Tensor:
@@ -198,9 +196,7 @@ def summary(
     return 8.0 * mean, (noise.log() + 4.0)[:, None] / 2.0, (told.log() - 4.0)[:, None] / 2.0
 
 
-def simulate_sums(
-    codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def simulate_sums(codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noisy sums (T, k) of sets of the given sizes (T,), from embeddings (T, S, k) of up to S of their images.
 
     A set larger than S has the mean of its S images: the difference is below the noise that matters.
@@ -256,9 +252,7 @@ def features_file(name_or_path: str | Path = "glyphs") -> Path:
     return foundation(resolve(name_or_path)) / "features.safetensors"
 
 
-def load_pretrained(
-    name_or_path: str | Path = "glyphs", device: str = "cpu"
-) -> tuple[nn.Module, HyperNetwork]:
+def load_pretrained(name_or_path: str | Path = "glyphs", device: str = "cpu") -> tuple[nn.Module, HyperNetwork]:
     """Base model and hypernetwork, frozen, float32, in evaluation mode.
 
     >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP
@@ -270,6 +264,8 @@ def load_pretrained(
         manifest = json.loads((folder / "manifest.json").read_text())
         base_model = load_base_model(foundation(folder) / "base")
         hypernetwork = _load(folder, base_model, manifest)
+        if (folder / PRIORS_FILE).is_file():
+            hypernetwork.priors = load_file(str(folder / PRIORS_FILE))
     except (SafetensorError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
     hypernetwork.base_model_sha256 = tensors_sha256(base_model.state_dict())

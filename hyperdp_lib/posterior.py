@@ -19,20 +19,24 @@ of their weight updates, or that of the posterior mean, the hypernetwork being t
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels
-from hyperdp_lib.hypernetwork import noisy_count
+from hyperdp_lib.hypernetwork import PRIORS_FILE, load_pretrained, noisy_count, resolve
 
+TASKS = 2000  # public data sets of which a shipped prior is made
 CLEAN = 0.01  # noise on the mean that the hypernetwork is told for a draw: little, as on a large data set's
 
 
@@ -65,6 +69,18 @@ class Prior:
         # an estimate: what sampling error made negative is no variance
         values, vectors = torch.linalg.eigh(between)
         return cls(means.mean(0), (vectors * values.clamp_min(0)) @ vectors.T, within)
+
+    @classmethod
+    def shipped(cls, hypernetwork: Any) -> Prior:
+        """The one that belongs to the weights, over as many coordinates as the hypernetwork's encoder gives now.
+
+        Raises InputError if the weights have none.
+        """
+        k = hypernetwork.encoder.config.dimension - 1
+        found = [hypernetwork.priors.get(f"{k}.{part.name}") for part in dataclasses.fields(cls)]
+        if any(part is None for part in found):
+            raise InputError(f"these weights have no {PRIORS_FILE}: python -m hyperdp_lib.posterior makes it.")
+        return cls(*(part.double() for part in found))
 
     @classmethod
     def of_bank(cls, encoder: Any, bank: Any) -> Prior:
@@ -105,18 +121,24 @@ def posterior(
     noisy_sum: np.ndarray | Tensor, noise_std: float, prior: Prior, count_coordinate: float
 ) -> tuple[Tensor, Tensor]:
     """Means ``(K, k - 1)`` and covariances ``(K, k - 1, k - 1)`` of the clean means behind a noisy sum ``(K, k)``."""
-    sums = torch.as_tensor(noisy_sum).double()
-    if sums.shape[1] - 1 != len(prior.mean):
-        raise InputError(f"the prior is over {len(prior.mean)} coordinates, the sum has {sums.shape[1] - 1}.")
-    count = noisy_count(sums, noise_std, count_coordinate)
-    noise = (noise_std / count).square()
-    identity = torch.eye(len(prior.mean), dtype=torch.float64)
-    error = prior.within / count[:, None, None] + noise[:, None, None] * identity
+    seen, error = observed(noisy_sum, noise_std, prior.within, count_coordinate)
     gain = torch.linalg.solve(prior.between + error, prior.between.expand_as(error)).mT  # B (B + error)^-1
-    seen = sums[:, 1:] / count[:, None]
     means = prior.mean + torch.einsum("kij,kj->ki", gain, seen - prior.mean)
     covariances = prior.between - gain @ prior.between
     return means, (covariances + covariances.mT) / 2
+
+
+def observed(
+    noisy_sum: np.ndarray | Tensor, noise_std: float, within: Tensor, count_coordinate: float
+) -> tuple[Tensor, Tensor]:
+    """Noisy means ``(K, k - 1)`` of a noisy sum ``(K, k)``, and covariances ``(K, k - 1, k - 1)`` of their errors."""
+    sums = torch.as_tensor(noisy_sum).double()
+    if sums.shape[1] - 1 != len(within):
+        raise InputError(f"the prior is over {len(within)} coordinates, the sum has {sums.shape[1] - 1}.")
+    count = noisy_count(sums, noise_std, count_coordinate)
+    noise = (noise_std / count).square()
+    identity = torch.eye(len(within), dtype=torch.float64)
+    return sums[:, 1:] / count[:, None], within / count[:, None, None] + noise[:, None, None] * identity
 
 
 def draw(
@@ -235,3 +257,31 @@ def decode(
         noisy_sum, noise_std, hypernetwork, prior, config.num_draws, class_names=names, generator=generator
     )
     return average(drawn, names) if config.average else drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the priors that belong to weights, one for each number of coordinates; public data only, half a minute."""
+    from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+    from hyperdp_lib.training import PRESETS
+
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.posterior", description=main.__doc__)
+    parser.add_argument("weights", help="name or folder of weights")
+    folder = resolve(parser.parse_args(arguments).weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    source = PRESETS[manifest.get("builds_on", manifest["name"])].public_data.tasks()
+    tasks = source.sample_tasks(TASKS, 12, torch.Generator().manual_seed(4))
+    network = load_pretrained(folder)[1]
+    nested = isinstance(network, NestedHyperNetwork)
+    sizes = COORDINATES if nested else (network.encoder.config.dimension - 1,)
+    tensors = {
+        f"{k}.{part}": value.float().contiguous()
+        for k in sizes
+        for part, value in vars(Prior.fit(network.using(k).encoder, tasks)).items()
+    }
+    (folder / PRIORS_FILE).write_bytes(to_safetensors(tensors))
+    print(folder / PRIORS_FILE)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -18,9 +18,7 @@ end, and samples get worse and not better. The default is safe there: on public 
 public tasks, a larger gain buys more: the settings of the comparison, tuned on such tasks, have no leash at all.
 
 `decode_again` offers two other ways beside this one: training on public neighbours (`hyperdp_lib.neighbours`) and
-draws of the clean mean (`hyperdp_lib.posterior`). And a release with classes is a classifier by itself (`classify`), by
-which samples can be chosen (`sample_agreeing`) or labelled (`sample_relabelled`): what it learned of the labels is
-more than its samples keep.
+draws of the clean mean (`hyperdp_lib.posterior`).
 """
 
 from __future__ import annotations
@@ -46,8 +44,6 @@ from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.posterior import DrawsConfig, Prior
 from hyperdp_lib.release import Release
-
-SURPLUS = 3  # times as many samples are drawn as are chosen of them
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,7 @@ def refine_release(
     """
     config = config or RefinementConfig()
     statement = released.certificate
-    hypernetwork, noise_std = _reader(released, hypernetwork)
+    hypernetwork, noise_std = reader(released, hypernetwork)
     adapter = decode_again(
         released.noisy_sum,
         noise_std,
@@ -237,7 +233,7 @@ def refine_release(
     return Release(adapter, noted, released.noisy_sum)
 
 
-def _reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
+def reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
     """The hypernetwork as it reads the release's noisy sum, and the noise on that."""
     width, noise_std = released.noisy_sum.shape[1], released.certificate.noise_std
     other = "the release was not made with this hypernetwork's encoder: name its own."
@@ -249,120 +245,3 @@ def _reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
     if noise_std is None or released.certificate.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()):
         raise InputError(other)
     return hypernetwork, noise_std
-
-
-def released_means(noisy_sum: np.ndarray | Tensor, noise_std: float, hypernetwork: Any) -> tuple[Tensor, Tensor]:
-    """Mean vectors (P, k) that a release with K classes tells, without the count, and the class (P,) of each.
-
-    One a class; of a release with cells one for each cell of a class that the decoder uses.
-    """
-    sums = torch.as_tensor(noisy_sum, dtype=torch.float32).cpu()
-    cells = isinstance(hypernetwork, CellHyperNetwork)
-    parts = [part for part, _ in hypernetwork.parts(sums, noise_std)] if cells else list(sums[:, None])
-    together = torch.cat(parts)
-    counts = together[:, :1] / hypernetwork.encoder.config.count_coordinate
-    classes = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
-    return together[:, 1:] / counts.clamp_min(1.0), classes
-
-
-def classify(images: Tensor, means: Tensor, classes: Tensor, hypernetwork: Any) -> Tensor:
-    """The class (N,) of the released mean next to each image (N, C, H, W) in [-1, 1]; see `released_means`."""
-    encoder = hypernetwork.encoder.encoder if isinstance(hypernetwork, CellHyperNetwork) else hypernetwork.encoder
-    codes = embedding.embed(encoder, images, batch_size=1000).cpu()
-    return classes[torch.cdist(codes[:, 1:], means).argmin(1)]
-
-
-def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
-    """Rows of as many samples of each class, the first that agree; where too few do, the first of the others, too.
-
-    >>> agreeing(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0]), 2).tolist()
-    [1, 2, 4, 3]
-    """
-    rows = []
-    for label in labels.unique():
-        mine = (labels == label).nonzero()[:, 0]
-        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:per_class])
-    return torch.cat(rows)
-
-
-def draw_mixed(
-    base_model: nn.Module,
-    adapter: Adapter,
-    num_classes: int,
-    per_class: int,
-    *,
-    generator: torch.Generator,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """`diffusion.sample_classes` and its labels, each class in random order: the first are not all of one member."""
-    drawn = diffusion.sample_classes(base_model, adapter, num_classes, per_class, generator=generator, **options)
-    starts = range(0, num_classes * per_class, per_class)
-    mixed = torch.cat([start + torch.randperm(per_class, generator=generator) for start in starts])
-    return drawn[mixed], torch.arange(num_classes).repeat_interleave(per_class)
-
-
-def sample_agreeing(
-    released: Release,
-    hypernetwork: Any,
-    base_model: nn.Module,
-    per_class: int,
-    *,
-    surplus: int = SURPLUS,
-    **options: Any,
-) -> tuple[Tensor, float]:
-    """Samples that the release itself gives to the class they were drawn for, chosen from ``surplus`` times as many.
-
-    It reads the release and public models only: no privacy cost. Parameters and errors are those of
-    `sample_relabelled`.
-
-    Returns
-    -------
-    images : (K per_class, C, H, W) in [-1, 1], class after class.
-    share : of all that were drawn, those that agree. Where too few of a class do, others of it make up the number.
-    """
-    drawn, labels, said = _drawn(released, hypernetwork, base_model, surplus * per_class, **options)
-    return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())
-
-
-def sample_relabelled(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
-) -> tuple[Tensor, Tensor, float]:
-    """Samples of all classes, each with the label that the release itself gives it, whatever it was drawn for.
-
-    It reads the release and public models only: no privacy cost. Nothing is thrown away, and what lies between two
-    classes is told which it is; so a classifier learns more of the release than from samples labelled as drawn, if the
-    release tells the classes apart well. With a dozen images a class and much noise it does not.
-
-    Parameters
-    ----------
-    released : of at least two classes.
-    hypernetwork : the one whose encoder it was made with.
-    per_class : images drawn for each class.
-    **options : ``generator``, ``num_steps`` and ``progress`` of `diffusion.sample_classes`.
-
-    Returns
-    -------
-    images : (K per_class, C, H, W) in [-1, 1], in the order of the classes they were drawn for.
-    labels : (K per_class,), not in equal number.
-    share : of all images, those whose label is the class they were drawn for.
-
-    Raises
-    ------
-    InputError
-        if there are no classes to tell apart, or the noisy sum was not made with this hypernetwork's encoder.
-    """
-    drawn, labels, said = _drawn(released, hypernetwork, base_model, per_class, **options)
-    return drawn, said, float((said == labels).double().mean())
-
-
-@torch.no_grad()
-def _drawn(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, the classes they were drawn for, and the classes that the release gives them."""
-    count = len(released.certificate.class_names)
-    if count < 2:
-        raise InputError("samples can only agree with a release of at least two classes: draw them as they come.")
-    hypernetwork, noise_std = _reader(released, hypernetwork)
-    drawn, labels = draw_mixed(base_model, released.adapter, count, per_class, **options)
-    return drawn, labels, classify(drawn, *released_means(released.noisy_sum, noise_std, hypernetwork), hypernetwork)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hyperdp_lib import comparison, data, diffusion, evaluation, refinement
+from hyperdp_lib import classifier, comparison, data, diffusion, evaluation
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 
 
@@ -75,6 +75,7 @@ def test_learned_shrinkage_draws_noise_together_and_leaves_signal(few_labels, co
     )
     assert torch.allclose(clear, kept, atol=1e-6)
 
+
 @pytest.fixture(scope="module")
 def released_labels(load_benchmark):
     return load_benchmark("released_labels")
@@ -88,11 +89,13 @@ def test_labels_of_a_release_are_measured_end_to_end(released_labels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(released_labels, "IMAGES", 200)
         patch.setattr(released_labels, "MANY", 200)
-        patch.setattr(refinement, "SURPLUS", 1)
+        patch.setattr(classifier, "SURPLUS", 1)
         patch.setattr(diffusion, "sample_classes", functools.partial(diffusion.sample_classes, num_steps=2))
         found = released_labels.measure(few, private, data.digits("test"), base_model, network, scoring, 0)
     assert found["samples"]["accuracy"] == found["samples that agree"]["accuracy"]  # no surplus to choose from
     assert 0 <= found["samples that agree"]["kept"] <= 1 and found["cells"] == 1
-    assert found["class means"] == found["cell means"]  # one cell a class
+    assert set(found) == {*released_labels.WAYS, "cells"}
+    read = released_labels.read(few, data.digits("test"), network, 0)
+    assert read["nearest"] == found["nearest"]["accuracy"] and read[classifier.RIDGE] == found["classifier"]["accuracy"]
     told = released_labels.summary([found, found], "samples")
     assert told["accuracy_sd"] == 0 and told["frechet_distance"] > 0

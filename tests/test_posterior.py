@@ -1,6 +1,7 @@
 """Draws of the clean mean: Gaussian algebra against an independent computation, and calibration by simulation."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from hyperdp_lib import posterior
+from hyperdp_lib import hypernetwork, posterior
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.posterior import Prior
@@ -85,6 +86,25 @@ def test_the_prior_is_estimated_without_the_spread_of_images():
     assert np.allclose(fitted.between, truth.between, atol=0.06 * truth.between.abs().max())
     assert np.allclose(fitted.within, truth.within, atol=0.06 * truth.within.abs().max())
     assert np.allclose(fitted.mean, truth.mean, atol=0.1)
+
+
+@pytest.mark.parametrize("coordinates", [8, 64])
+def test_the_shipped_prior_is_that_of_public_tasks_and_the_command_makes_it(coordinates, tmp_path, monkeypatch):
+    """Of fewer and other tasks, so nearly."""
+    folder = shutil.copytree(hypernetwork.resolve("glyphs-nested"), tmp_path / "weights")
+    (folder / hypernetwork.PRIORS_FILE).unlink()
+    network = hypernetwork.load_pretrained(folder)[1].using(coordinates)
+    with pytest.raises(InputError, match="python -m hyperdp_lib.posterior"):
+        Prior.shipped(network)
+    monkeypatch.setattr(posterior, "TASKS", 300)
+    assert posterior.main([str(folder)]) == 0
+    made = Prior.shipped(hypernetwork.load_pretrained(folder)[1].using(coordinates))
+    shipped = Prior.shipped(hypernetwork.load_pretrained("glyphs-nested")[1].using(coordinates))
+    assert float((made.mean - shipped.mean).norm()) < 0.1
+    for part in ("between", "within"):
+        mine, theirs = getattr(made, part), getattr(shipped, part)
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.25
+    assert float(shipped.within.trace() / shipped.between.trace()) < 1  # data sets differ by more than their images
 
 
 class Recorder(nn.Module):

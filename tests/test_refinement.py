@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from hyperdp_lib import data, diffusion, embedding, hypernetwork, refinement
-from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib import diffusion, embedding, hypernetwork, refinement
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.refinement import RefinementConfig, refine
-from hyperdp_lib.release import release
 
 COUNT, K = 100.0, 6  # images in each class; dimensions besides the count
 
@@ -155,9 +153,7 @@ def test_it_closes_the_gap_of_the_shipped_weights():
     names = tuple("abcd")
 
     def miss(adapter):
-        images = diffusion.sample(
-            base_model, adapter, 400, generator=torch.Generator().manual_seed(9), num_steps=8
-        )
+        images = diffusion.sample(base_model, adapter, 400, generator=torch.Generator().manual_seed(9), num_steps=8)
         drawn = embedding.embed(network.encoder, images).view(4, 100, -1)
         return (drawn.mean(1) - codes.mean(1)).norm(dim=1).mean()
 
@@ -169,46 +165,3 @@ def test_it_closes_the_gap_of_the_shipped_weights():
     )
     assert miss(refined) < 0.9 * miss(plain)
     assert dataclasses.replace(config, num_rounds=7).note.startswith("refined in 7 rounds")
-
-
-def test_a_release_tells_a_mean_for_each_class_or_for_each_cell_in_use(world):
-    noisy_sum, means = released(classes=2)
-    told, classes = refinement.released_means(noisy_sum, 0.0, Decoder())
-    assert torch.allclose(told, torch.from_numpy(means).float(), atol=1e-6) and classes.tolist() == [0, 1]
-    inner = Decoder()
-    inner.base_model_sha256 = None
-    cells = CellHyperNetwork(inner, torch.eye(K)[:2])
-    # two classes of two cells: 80 and 20 images in the first, 100 and almost none in the second
-    parts = [[80.0, 8.0], [20.0, -4.0]], [[100.0, -10.0], [0.4, 3.0]]
-    each = embedding.COUNT_COORDINATE
-    sums = torch.tensor([[number for n, x in row for number in (n * each, *[x] * K)] for row in parts])
-    told, classes = refinement.released_means(sums, 1.0, cells)
-    assert told[:, 0].tolist() == pytest.approx([0.1, -0.2, -0.1]) and classes.tolist() == [0, 0, 1]
-    images = torch.tensor([[0.09], [-0.11], [-0.5]]).expand(3, K)
-    assert refinement.classify(images, told, classes, cells).tolist() == [0, 1, 0]
-
-
-def test_samples_that_agree_are_nearer_to_what_was_released():
-    """Ten digits at epsilon = 1: what is chosen agrees more often than what was drawn, and every class is full."""
-    train, test = data.digits("train"), data.digits("test")
-    base_model, network = hypernetwork.load_pretrained("glyphs")
-    made = release(
-        train.images, network, epsilon=1.0, private_labels=train.labels, class_names=train.class_names, seed=0
-    )
-    asked = dict(per_class=40, generator=torch.Generator().manual_seed(0), num_steps=6)
-    images, share = refinement.sample_agreeing(made, network, base_model, **asked)
-    labels = torch.arange(10).repeat_interleave(40)
-    means = refinement.released_means(made.noisy_sum, made.certificate.noise_std, network)
-    said = refinement.classify(images, *means, network)
-    assert images.shape == (400, 1, 16, 16) and 0.5 < share < 1 and (said == labels).double().mean() > share
-    assert float((refinement.classify(test.images, *means, network) == test.labels).double().mean()) > 0.85
-    assert images.shape[0] == len(refinement.agreeing(labels, said, 40))  # every class is full
-    drawn, told, agreed = refinement.sample_relabelled(made, network, base_model, **{**asked, "per_class": 60})
-    assert drawn.shape == (600, 1, 16, 16) and 0.5 < agreed < 1
-    assert torch.equal(told, refinement.classify(drawn, *means, network))
-    asked_for = torch.arange(10).repeat_interleave(60)
-    assert float((told == asked_for).double().mean()) == pytest.approx(agreed)
-    with pytest.raises(InputError, match="at least two classes"):
-        refinement.sample_agreeing(release(train.images, network, epsilon=1.0, seed=0), network, base_model, **asked)
-    with pytest.raises(InputError, match="this hypernetwork's encoder"):
-        refinement.sample_relabelled(made, hypernetwork.load_pretrained("drawings")[1], base_model, **asked)

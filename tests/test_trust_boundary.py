@@ -34,11 +34,10 @@ MAY_HOLD_PRIVATE_DATA = {
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "nested", "cells", "posterior", "neighbours", "refinement", "training", "tuning", "ablations",
-    "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report", "winners", "evidence",
-    "claims",
-    "comparison_tables", "notebook", "originals", "data_cards", "theory", "lora_geometry", "lora_products",
-    "__init__", "__main__",
+    "hypernetwork", "nested", "cells", "posterior", "neighbours", "refinement", "classifier", "training",
+    "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
+    "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards", "theory",
+    "lora_geometry", "lora_products", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "baselines", "private_scores")
@@ -78,11 +77,7 @@ def imported(tree):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ("hyperdp_lib." if node.level else "") + (node.module or "")
-            names = (
-                [f"{base}.{alias.name}" for alias in node.names]
-                if base.strip(".") == "hyperdp_lib"
-                else [base]
-            )
+            names = [f"{base}.{alias.name}" for alias in node.names] if base.strip(".") == "hyperdp_lib" else [base]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
             "import_module",
             "__import__",
