@@ -24,6 +24,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -259,9 +260,19 @@ def decode(
     return average(drawn, names) if config.average else drawn
 
 
+def save_priors(folder: Path, network: Any, tasks: Tensor) -> None:
+    """Write the priors of weights, one for each number of coordinates, from public tasks (T, M, C, H, W)."""
+    from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+
+    nested = isinstance(network, NestedHyperNetwork)
+    sizes = COORDINATES if nested else (network.encoder.config.dimension - 1,)
+    fitted = {k: Prior.fit(network.using(k).encoder, tasks) for k in sizes}
+    tensors = {f"{k}.{part}": value.float().contiguous() for k in sizes for part, value in vars(fitted[k]).items()}
+    (folder / PRIORS_FILE).write_bytes(to_safetensors(tensors))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the priors that belong to weights, one for each number of coordinates; public data only, half a minute."""
-    from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
     from hyperdp_lib.training import PRESETS
 
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.posterior", description=main.__doc__)
@@ -270,15 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     manifest = json.loads((folder / "manifest.json").read_text())
     source = PRESETS[manifest.get("builds_on", manifest["name"])].public_data.tasks()
     tasks = source.sample_tasks(TASKS, 12, torch.Generator().manual_seed(4))
-    network = load_pretrained(folder)[1]
-    nested = isinstance(network, NestedHyperNetwork)
-    sizes = COORDINATES if nested else (network.encoder.config.dimension - 1,)
-    tensors = {
-        f"{k}.{part}": value.float().contiguous()
-        for k in sizes
-        for part, value in vars(Prior.fit(network.using(k).encoder, tasks)).items()
-    }
-    (folder / PRIORS_FILE).write_bytes(to_safetensors(tensors))
+    save_priors(folder, load_pretrained(folder)[1], tasks)
     print(folder / PRIORS_FILE)
     return 0
 

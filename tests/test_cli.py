@@ -153,6 +153,7 @@ def weights(tmp_path_factory):
     from hyperdp_lib.diffusion import BaseModelConfig, build_base_model
     from hyperdp_lib.embedding import Encoder, EncoderConfig
     from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
+    from hyperdp_lib.posterior import save_priors
 
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
@@ -162,6 +163,7 @@ def weights(tmp_path_factory):
     hypernetwork = HyperNetwork(encoder, base_model, shape)
     hypernetwork.head_b.weight.data.normal_(std=0.1)
     save_pretrained(folder, base_model, hypernetwork, {"name": "tiny"})
+    save_priors(folder, hypernetwork, torch.rand(40, 2, 1, 16, 16))
     evaluation.FeatureNetwork(name="untrained").save(folder / "features.safetensors")
     return str(folder)
 
