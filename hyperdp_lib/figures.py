@@ -374,8 +374,8 @@ def winner_map(
 
     One map per score: a row for each number of private images, in blocks of one private data set, a column for each
     budget on record. A cell names the method with the best mean, out of how many; it is hatched if seeds do not tell
-    another one from it, and pale if no rival is on record. The black line is where the best DP-SGD method overtakes
-    ours; an arrow says that it lies beyond the budgets on record.
+    another one from it, and pale if no rival is on record. The black line is where the best of `winners.DP_SGD`
+    overtakes ours; an arrow says that it lies beyond the budgets on record.
 
     Parameters
     ----------

@@ -17,7 +17,8 @@ from .theory.verdicts import crossing
 # no private method that makes images: they take no part
 CONTROLS = ("noisy_class_means", "public_only", "lora_non_private", "real")
 # noise at every step, in the space of trained parameters, nothing of the hypernetwork in them
-DP_SGD = ("dp_lora", "dp_ldm", "dp_layer_search")
+DP_SGD = ("dp_lora", "dp_ldm", "dp_layer_search")  # on parameters; not in our few dimensions, nor after our sum
+BEST_DP_SGD = "the best of DP-SGD LoRA, DP-LDM and layer search"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Crossover:
-    """From which budget on the best DP-SGD method has the better mean, for one private set and number of images.
+    """From which budget on the best method of `DP_SGD` has the better mean, for one private set and number of images.
 
     Attributes
     ----------
@@ -142,11 +143,11 @@ def crossover_sentences(found: Sequence[Crossover], score: str, ours: str = "dp_
     for one in found:
         at = ", ".join(map(budget, one.budgets))
         if math.isinf(one.epsilon):
-            said = f"{label} is ahead of the best DP-SGD method at the largest budget on record for both"
+            said = f"{label} is ahead of {BEST_DP_SGD} at the largest budget on record for both"
         elif one.epsilon == 0:
-            said = f"the best DP-SGD method is ahead of {label} at every budget on record for both"
+            said = f"{BEST_DP_SGD} is ahead of {label} at every budget on record for both"
         else:
-            said = f"the best DP-SGD method is ahead of {label} from about ε = {one.epsilon:.2g} on; on record for both"
+            said = f"{BEST_DP_SGD} is ahead of {label} from about ε = {one.epsilon:.2g} on; on record for both"
         seeds = ", some with one seed" if one.few else ""
         place = f"{pair_name(one.pair)}, n = {one.num_private:,}, {score_name(score)}"
         lines.append(f"- {place}: {said} (ε = {at}{seeds}).")

@@ -105,7 +105,7 @@ def test_flat_and_collapse_are_opposites(tmp_path: Path, strict: tuple[float, ..
         save(tmp_path, method, 1.0, strict)
         save(tmp_path, method, None, (50.0, 50.0))
     assert outcomes(judged(tmp_path, "Ours hardly depends on ε")) == [flat]
-    assert outcomes(judged(tmp_path, "The noise is nearly free")) == [flat]
+    assert outcomes(judged(tmp_path, "The noise is not what costs most")) == [flat]
     assert outcomes(judged(tmp_path, "DP-SGD LoRA collapses at strict ε")) == [collapse]
 
 

@@ -65,7 +65,7 @@ def test_crossover_lies_between_the_budgets_or_beyond_them(folder: Path) -> None
     assert (few.few, some.few, many.few) == (False, False, True)
     text = winners.crossover_sentences([few, some, many], "frechet_distance")
     first, second, third = text.splitlines()
-    assert "ahead of the best DP-SGD method at the largest budget" in first
+    assert "ahead of the best of DP-SGD LoRA, DP-LDM and layer search at the largest budget" in first
     assert "from about ε = 10 on" in second or "from about ε = 11 on" in second
     assert "at every budget on record" in third and "some with one seed" in third
     assert winners.crossovers(table, "frechet_distance", ours="dp_deepsets_nested") == []
