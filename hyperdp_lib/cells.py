@@ -30,6 +30,7 @@ from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import load_pretrained, resolve, write_half
+from hyperdp_lib.mechanism import MAX_COORDINATES
 from hyperdp_lib.nested import CELLS_FILE, COORDINATES, NestedHyperNetwork
 
 NUMBERS = (1, 4, 16, 64)  # of cells, that a release may have
@@ -44,16 +45,23 @@ COUNTED = 2.0  # times the noise on a count: a cell with less is left out
 SLOTS = 20  # members of the mixture that stands for a class: weights are multiples of 1 / SLOTS
 
 
-def cells_for(noise_std: float, declared_per_class: float, *, labelled: bool) -> int:
+def cells_for(noise_std: float, declared_per_class: float, *, labelled: bool, num_classes: int = 1) -> int:
     """How many cells a declared size of a class, or of a set without labels, and the noise on a sum support; public.
+
+    Of many classes, no more than the mechanism can count: `mechanism.MAX_COORDINATES` numbers in all.
 
     >>> [cells_for(3.73, size, labelled=True) for size in (144, 1000, 6000)], cells_for(0.5, 144, labelled=True)
     ([1, 16, 64], 16)
     >>> [cells_for(3.73, size, labelled=False) for size in (128, 512, 6000)], cells_for(1.0, 128, labelled=False)
     ([1, 16, 64], 16)
+    >>> [cells_for(3.73, 6000, labelled=True, num_classes=count) for count in (252, 253, 1008, 1009)]
+    [64, 16, 16, 4]
     """
+    most = MAX_COORDINATES // (num_classes * (1 + COORDINATES[-1]))
     supported = (
-        m for m, enough in ENOUGH[labelled].items() if declared_per_class / m >= max(enough * noise_std, LEAST)
+        m
+        for m, enough in ENOUGH[labelled].items()
+        if declared_per_class / m >= max(enough * noise_std, LEAST) and m <= most
     )
     return max(supported, default=1)
 
@@ -121,10 +129,16 @@ class CellHyperNetwork(nn.Module):
 
     @classmethod
     def fitting(
-        cls, hypernetwork: NestedHyperNetwork, noise_std: float, declared_per_class: float, *, labelled: bool
+        cls,
+        hypernetwork: NestedHyperNetwork,
+        noise_std: float,
+        declared_per_class: float,
+        *,
+        labelled: bool,
+        num_classes: int = 1,
     ) -> CellHyperNetwork:
         """With as many cells, and coordinates in each, as a declared size of a class and the noise support."""
-        count = cells_for(noise_std, declared_per_class, labelled=labelled)
+        count = cells_for(noise_std, declared_per_class, labelled=labelled, num_classes=num_classes)
         return cls.with_cells(count, hypernetwork, noise_std, declared_per_class)
 
     @classmethod
@@ -145,7 +159,7 @@ class CellHyperNetwork(nn.Module):
         return cls(fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k), counted)
 
     def parts(self, noisy_sum: Tensor, noise_std: Tensor | float) -> list[tuple[Tensor, Tensor]]:
-        """Of each class: the sums of the cells that have enough in them (m, 1 + k), and their slots (m,)."""
+        """Of each class: the sums of the cells that have enough in them (m, 1 + k), and their slots (m,) on the CPU."""
         constant = self.encoder.config.count_coordinate
         cells = len(self.encoder.centroids)
         found = []
@@ -153,7 +167,7 @@ class CellHyperNetwork(nn.Module):
             count = row[:, 0] / constant
             kept = count > self.counted * float(torch.as_tensor(noise_std).max()) / constant
             kept[count.argmax()] = True
-            found.append((row[kept], apportion(count[kept].clamp_min(1e-6))))
+            found.append((row[kept], apportion(count[kept].clamp_min(1e-6)).cpu()))
         return found
 
     def forward(
@@ -170,10 +184,14 @@ class CellHyperNetwork(nn.Module):
         return self.hypernetwork.decoder_state()
 
 
-def fit(network: Any, noise_std: float, declared_per_class: float, *, labelled: bool) -> tuple[Any, str]:
+def fit(
+    network: Any, noise_std: float, declared_per_class: float, *, labelled: bool, num_classes: int = 1
+) -> tuple[Any, str]:
     """The network for a declared size and the noise on a sum, and a description of its sums for the ledger."""
     if isinstance(network, NestedHyperNetwork) and network.centroids:
-        fitted = CellHyperNetwork.fitting(network, noise_std, declared_per_class, labelled=labelled)
+        fitted = CellHyperNetwork.fitting(
+            network, noise_std, declared_per_class, labelled=labelled, num_classes=num_classes
+        )
         count, k = fitted.encoder.centroids.shape
         if count > 1:
             return fitted, f"a sum has a count and {k} coordinates for each of {count} cells"

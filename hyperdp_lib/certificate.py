@@ -39,6 +39,8 @@ _CHOICES = {
     "rng": (OS_NOISE, SEEDED_NOISE, FLOAT_NOISE, NO_NOISE),
     "neighboring_relation": tuple(RELATIONS),
 }
+# A search among trainings is known by its epsilon and delta only.
+_CHARGED_AS = {GAUSSIAN_SUM: ("gaussian",), DP_SGD: ("dp_sgd", "other"), NO_PRIVACY: ("gaussian", "other")}
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class Certificate:
 
     @property
     def charged(self) -> bool:
-        """Whether the release itself is in the ledger."""
+        """Whether the release itself is in the ledger: an entry of its kind, with its noise."""
         if self.mechanism == NO_PRIVATE_DATA:
             return True
-        return self.noise_multiplier in [entry.noise_multiplier for entry in self.ledger if entry.private]
+        own = (entry for entry in self.ledger if entry.kind in _CHARGED_AS[self.mechanism])
+        return self.noise_multiplier in [entry.noise_multiplier for entry in own]
 
     @property
     def sentence(self) -> str:
@@ -163,7 +166,7 @@ def ledger_certificate(
     multipliers = gaussian_multipliers(ledger)
     secret = neighboring_relation == "add_or_remove_one"
     derived = {
-        "num_private_treatment": "not public" if secret else "public",
+        "num_private_treatment": _treatment(ledger) if secret else "public",
         "labels": "public label set, private labels" if fields.get("class_names") else "none",
         "conversion": conversion(ledger),
         "versions": library_versions(),
@@ -206,7 +209,8 @@ def gaussian_certificate(
     'This adapter is (epsilon = 1, delta = 1e-05)-differe'
     """
     if config.neighboring_relation == "add_or_remove_one":
-        fields = {"num_private_treatment": "not public; noisy count released in the same sum"} | fields
+        treatment = f"{_treatment(ledger)}; noisy count released in the same sum"
+        fields = {"num_private_treatment": treatment} | fields
     numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
     return ledger_certificate(
         (*ledger, gaussian_charge(description, config.noise_multiplier, delta)),
@@ -233,6 +237,12 @@ def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[
     from hyperdp_lib.verification import verify
 
     return verify(folder, base_model_sha256=base_model_sha256)
+
+
+def _treatment(ledger: Sequence[LedgerEntry]) -> str:
+    """Of the number of images, under a relation that keeps it secret but for what was declared."""
+    declared = [entry.description for entry in ledger if not entry.private]
+    return f"declared public: {'; '.join(declared)}" if declared else "not public"
 
 
 def _checksum(values: dict[str, Any]) -> str:

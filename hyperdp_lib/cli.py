@@ -81,8 +81,9 @@ def _release(options: argparse.Namespace) -> None:
         _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
     ledger: tuple[LedgerEntry, ...] = ()
     if options.declared_size is not None:
-        per_class = options.declared_size / len(private.class_names or ("one",))
-        network, text = cells.fit(network, _noise_std(options), per_class, labelled=private.labels is not None)
+        count, labelled = len(private.class_names or ("one",)), private.labels is not None
+        per_class = options.declared_size / count
+        network, text = cells.fit(network, _noise_std(options), per_class, labelled=labelled, num_classes=count)
         declared = f"number of images, about {options.declared_size}: {text}"
         ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
         _tell(f"declared public: {declared}")
@@ -226,8 +227,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.private is not None:
         if options.epsilon is None:
             _refuse("no privacy budget; give --epsilon (for example 0.5) for the noisy score")
-        _check_epsilon(options.epsilon)
-        _check_delta(options.delta)
+        _check_epsilon(options.epsilon, options.delta)
     elif options.epsilon is not None or options.seed is not None:
         _refuse("--epsilon and --seed are for --private; scores against --reference have no noise")
     real = options.reference if options.private is None else options.private
@@ -318,10 +318,9 @@ def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, 
 def _compare(options: argparse.Namespace) -> None:
     for epsilon in options.epsilon:
         if not (epsilon == math.inf or (options.exact and epsilon == 0)):
-            _check_epsilon(epsilon)
+            _check_epsilon(epsilon, options.delta)
     _check_delta(options.delta)
     _check_count("--seeds", options.seeds)
-    _check_count("--seed", options.seed or 0, least=0)
     if options.pair is not None and os.path.basename(options.pair) != options.pair:
         _refuse(f"--pair is a part of file names, so it holds no slash: {options.pair!r}")
     _check_count("--jobs", options.jobs)
@@ -363,8 +362,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _forecast(options: argparse.Namespace) -> None:
-    _check_epsilon(options.epsilon)
-    _check_delta(options.delta)
+    _check_epsilon(options.epsilon, options.delta)
     for option in ("num_private", "classes", "num_images"):
         _check_count("--" + option.replace("_", "-"), getattr(options, option))
     _check_device(options.device)
@@ -422,8 +420,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    _check_epsilon(options.epsilon)
-    _check_delta(options.delta)
+    _check_epsilon(options.epsilon, options.delta)
     _check_count("--trials", options.trials, least=1000)
     from hyperdp_lib import auditing
 
@@ -516,14 +513,21 @@ def _refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
-def _check_epsilon(epsilon: float) -> None:
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        _refuse(f"--epsilon must be a positive number, got {epsilon:g}; 1 is a usual choice")
+def _check_epsilon(epsilon: float, delta: float) -> None:
+    _check_delta(delta)
+    if not 0 < epsilon <= 1e6:  # beyond that nothing is protected, and floats end
+        _refuse(f"--epsilon must be a positive number up to a million, got {epsilon:g}; 1 is a usual choice")
+    from hyperdp_lib import accounting
+
+    try:
+        accounting.noise_multiplier(epsilon, delta)
+    except ValueError as error:
+        _refuse(f"--epsilon {epsilon:g} with --delta {delta:g}: {error}")
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        _refuse(f"--delta must lie strictly between 0 and 1, got {delta:g}; 1e-5 is a usual choice")
+    if not 1e-60 < delta < 1:
+        _refuse(f"--delta must lie strictly between 0 (1e-60) and 1, got {delta:g}; 1e-5 is a usual choice")
 
 
 def _check_budget(options: argparse.Namespace) -> None:
@@ -532,11 +536,11 @@ def _check_budget(options: argparse.Namespace) -> None:
         _refuse("--epsilon and --noise-multiplier fix the same thing; give one of them")
     if options.epsilon is None and options.noise_multiplier is None:
         _refuse("no privacy budget; give --epsilon (for example 1) or --noise-multiplier")
-    if options.epsilon is not None:
-        _check_epsilon(options.epsilon)
-    elif not (options.noise_multiplier > 0 and math.isfinite(options.noise_multiplier)):
-        _refuse(f"--noise-multiplier must be a positive number, got {options.noise_multiplier:g}")
     _check_delta(options.delta)
+    if options.epsilon is not None:
+        _check_epsilon(options.epsilon, options.delta)
+    elif not 1e-4 <= options.noise_multiplier <= 1e9:  # less protects nothing, more drowns everything
+        _refuse(f"--noise-multiplier must be a positive number, 1e-4 to 1e9, got {options.noise_multiplier:g}")
 
 
 def _check_count(option: str, count: int, least: int = 1) -> None:
@@ -571,12 +575,19 @@ def _check_output(path: Path, overwrite: bool, suffix: str | None = None, folder
         _refuse(f"{str(path)!r} is not an earlier release, so it is not overwritten; choose another --out")
 
 
+def _seed(text: str) -> int:
+    """An option's value; argparse reports what is wrong with it."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
 def _check_device(name: str) -> None:
     if name != "cpu":
         import torch
 
         try:
-            torch.empty(0, device=name)
+            torch.zeros(1, device=name).item()  # "meta", too, makes tensors, but they hold nothing
         except (RuntimeError, AssertionError):
             _refuse(f"device {name!r} is not available here; use --device cpu")
 
@@ -665,7 +676,7 @@ def _parser() -> Parser:
         metavar="N",
         help="number of images, about, that may be public: glyphs-nested sums as many coordinates as it supports",
     )
-    add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
+    add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--invert", action="store_true", help="swap black and white; the glyphs model draws white on black")
     add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
@@ -677,7 +688,7 @@ def _parser() -> Parser:
     add = command("sample", _sample, "draw images from a release")
     add("folder", metavar="DIR", type=Path, help="a release")
     add("--num-images", type=int, default=1000, help="in all, shared equally by the classes; default: 1000")
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--seed", type=_seed, default=0, help="default: 0")
     add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
     add(
         "--labels",
@@ -703,7 +714,7 @@ def _parser() -> Parser:
     add("--num-sets", type=int, default=10, help="of neighbours: nearest public data sets of a class; default: 10")
     add("--num-draws", type=int, default=8, help="of draws: how many; 0 for the posterior mean; default: 8")
     add("--average", action="store_true", help="of draws: one adapter, the average of all, and not their mixture")
-    add("--seed", type=int, default=0, help="of the samples, public; default: 0")
+    add("--seed", type=_seed, default=0, help="of the samples, public; default: 0")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -719,7 +730,7 @@ def _parser() -> Parser:
     add("--epsilon", type=float, help="price of that score, on top of the release's")
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
-    add("--seed", type=int, help="reproducible demonstration noise: NOT PRIVATE")
+    add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
     add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help=_FEATURES_HELP.format("glyphnet"))
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")
@@ -731,7 +742,7 @@ def _parser() -> Parser:
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--num-private", type=int, help="private images to use; default: all")
     add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
-    add("--seed", type=int, help="instead of --seeds: this one only")
+    add("--seed", type=_seed, help="instead of --seeds: this one only")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add("--pair", metavar="NAME", help="of public and private data, for the records; default: from their names")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")

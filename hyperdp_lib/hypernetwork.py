@@ -121,7 +121,7 @@ class HyperNetwork(nn.Module):
 
         Parameters
         ----------
-        noisy_sum : (T, k); coordinate 0 is 0.5 times the noisy count.
+        noisy_sum : (T, k); coordinate 0 is the encoder's count coordinate times the noisy count.
         noise_std : standard deviation of the noise on each coordinate of the sum, a number or (T,); public.
         names : one a data set, e.g. the class names.
         """

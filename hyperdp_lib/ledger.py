@@ -124,9 +124,10 @@ def _is_known_only(entry: LedgerEntry, neighboring_relation: str) -> bool:
 
 def conversion(ledger: Sequence[LedgerEntry]) -> str:
     """In words, by which route :func:`ledger_epsilon` came to its number."""
-    kinds = {entry.kind for entry in ledger if entry.private}
+    private = [entry for entry in ledger if entry.private]
+    kinds = {entry.kind for entry in private}
     if kinds == {"gaussian"}:
         return "analytic Gaussian mechanism with discretisation slack; rho is exact"
-    if kinds == {"dp_sgd"} and len(ledger) == 1:
+    if kinds == {"dp_sgd"} and len(private) == 1:
         return "the larger of the PRV and the PLD accountant; analytic Gaussian for full batches"
     return "PLD, and basic composition of what is known by epsilon and delta only" if kinds else "none"

@@ -114,14 +114,19 @@ def private_frechet_distance(
     """
     ours = _features(network, samples)
     if not 1 <= dimensions <= ours.shape[1] or len(ours) < 2 * dimensions:
-        raise InputError(f"dimensions must lie in 1 .. {ours.shape[1]}, with twice as many samples; got {dimensions}.")
+        raise InputError(
+            f"dimensions must lie in 1 .. {ours.shape[1]}, with twice as many samples: got {dimensions} with "
+            f"{len(ours)} samples; draw more of them, or give fewer dimensions."
+        )
     centre = ours.mean(0)
     _, _, directions = np.linalg.svd(ours - centre, full_matrices=False)
     directions = directions[:dimensions]
     scale = float(np.quantile(np.linalg.norm((ours - centre) @ directions.T, axis=1), 0.95))
 
     def vectors(features: NDArray[np.floating]) -> NDArray[np.float64]:
-        x = (features - centre) @ directions.T / max(scale, 1e-12)
+        # each row by itself: a product of matrices rounds a row differently among more or fewer of them
+        x = np.array([(directions * row).sum(1) for row in features - centre]).reshape(-1, dimensions)
+        x = x / max(scale, 1e-12)
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1.0)
         upper = np.triu_indices(dimensions)
         squares = (x[:, :, None] * x[:, None, :])[:, upper[0], upper[1]]
@@ -142,7 +147,7 @@ def private_frechet_distance(
 
 
 def _features(network: Any, private_images: Tensor) -> NDArray[np.float64]:
-    """Each image's features from that image alone, to the last bit: always in batches of one size (`embedding`)."""
+    """Each image's features from that image alone, to the last bit: see `hyperdp_lib.embedding`."""
     return next(iter(embedding.embed_batches(network, [private_images]))).astype(np.float64)
 
 

@@ -236,7 +236,7 @@ def refine_release(
 def reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
     """The hypernetwork as it reads the release's noisy sum, and the noise on that."""
     width, noise_std = released.noisy_sum.shape[1], released.certificate.noise_std
-    other = "the release was not made with this hypernetwork's encoder: name its own."
+    other = "the release was not made with this hypernetwork's encoder: name its own (--hypernetwork)."
     try:
         nested = isinstance(hypernetwork, NestedHyperNetwork)
         hypernetwork = reading(hypernetwork, width) if nested else hypernetwork.using(width - 1)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from hyperdp_lib import accounting, artefacts
 from hyperdp_lib import certificate as certificates
 from hyperdp_lib.certificate import STAMP, Certificate, LedgerEntry, gaussian_certificate, gaussian_charge
-from hyperdp_lib.ledger import ledger_epsilon
+from hyperdp_lib.ledger import conversion, ledger_epsilon
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
 from hyperdp_lib.verification import verify
 
@@ -137,6 +137,33 @@ def test_earlier_charges_count():
     certificate = make_certificate(ledger=(entry,))
     assert certificate.epsilon == pytest.approx(accounting.epsilon([MULTIPLIER] * 2, 1e-5))
     assert certificate.mu == pytest.approx(math.sqrt(2) / MULTIPLIER)
+
+
+def test_a_release_is_charged_by_an_entry_of_its_own_kind():
+    """The same noise on something else is not the release's charge."""
+    made = make_certificate()
+    (own,) = made.ledger
+    assert made.charged and "differentially private" in made.sentence
+    for kind in ("dp_sgd", "other"):
+        elsewhere = dataclasses.replace(made, ledger=(dataclasses.replace(own, kind=kind, mu=None),))
+        assert not elsewhere.charged and "No epsilon can be stated" in elsewhere.sentence
+    trained = dataclasses.replace(made, mechanism=certificates.DP_SGD)
+    assert not trained.charged
+    declared = LedgerEntry("declared_public", "n", 0.0, 0.0, noise_multiplier=own.noise_multiplier)
+    assert not dataclasses.replace(made, ledger=(declared,)).charged
+
+
+def test_a_declared_size_is_said_to_be_public():
+    declared = LedgerEntry("declared_public", "number of images, about 20", 0.0, 0.0)
+    told = make_certificate(ledger=(declared,)).num_private_treatment
+    assert told == "declared public: number of images, about 20; noisy count released in the same sum"
+    assert make_certificate().num_private_treatment.startswith("not public; noisy count")
+
+
+def test_the_route_to_epsilon_does_not_depend_on_what_was_declared():
+    sgd = LedgerEntry("dp_sgd", "a run", 1.0, 1e-5, None, 2.0, 0.1, 50)
+    public = LedgerEntry("declared_public", "n = 1437", 0.0, 0.0)
+    assert conversion([public, sgd]) == conversion([sgd]) != conversion([sgd, sgd])
 
 
 def test_ledger_composition_of_every_kind():

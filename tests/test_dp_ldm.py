@@ -16,6 +16,7 @@ from hyperdp_lib.baselines import dp_ldm, dp_sgd, latent_diffusion
 from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.latent_diffusion import SMOKE, build_autoencoder, build_denoiser
 from hyperdp_lib.data import InputError
+from hyperdp_lib.embedding import CHUNK
 from hyperdp_lib.glyphs import GlyphTasks
 
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
@@ -261,7 +262,7 @@ def test_a_tenth_less_or_more_noise_is_caught(plain_descent, monkeypatch, factor
 
 def test_a_latent_depends_on_its_own_image_to_the_last_bit():
     autoencoder, _ = models()
-    many = images(latent_diffusion.CHUNK + 2)
+    many = images(CHUNK + 2)
     together = latent_diffusion.encode(autoencoder, many, SCALE)
     assert together.shape == (len(many), 4, 4, 4)
     assert torch.equal(together[1:4], latent_diffusion.encode(autoencoder, many[1:4], SCALE))
@@ -366,7 +367,8 @@ def test_the_certificate_states_the_budget_and_the_noise(relation, mode):
         assert certificate.noise_std == pytest.approx(trained.plan.noise_std * 0.25)
         assert certificate.dimension == trained.noise_dimension
         assert trained.trained_parameters == trained.noise_dimension * len(trained.denoisers)
-        (entry,) = certificate.ledger
+        declared, entry = certificate.ledger
+        assert declared.kind == "declared_public"
         assert (entry.steps, entry.sample_rate, trained.num_releases) == (2, 1.0, 2)
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 60)
         assert type(certificate).from_json(certificate.to_json()) == certificate

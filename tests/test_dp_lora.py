@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
@@ -267,6 +268,49 @@ def test_seeded_training_repeats_and_unseeded_does_not():
     assert not torch.equal(flat(None), flat(None))
 
 
+def test_secret_generator_sets_the_whole_state_of_the_twister(monkeypatch):
+    """Its numbers are those of numpy's Mersenne twister with the same 624 words, all from the operating system."""
+    key = np.random.default_rng(5).integers(0, 2**32, 624, dtype=np.uint32)
+    asked = []
+    monkeypatch.setattr(dp_sgd.secrets, "token_bytes", lambda count: asked.append(count) or key.tobytes())
+    generator = dp_sgd.secret_generator()
+    monkeypatch.undo()
+    twister = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 624}}
+    ours = torch.empty(2000, dtype=torch.int64).random_(0, 2**24, generator=generator)
+    assert asked == [4 * 624]
+    assert ours.tolist() == (twister.random_raw(2000) & (2**24 - 1)).tolist()
+
+
+def test_a_seed_has_32_bits_and_a_secret_generator_more():
+    """Why `secret_generator`: torch forgets the upper half of a seed."""
+    low, high = (torch.Generator().manual_seed(seed) for seed in (7, 7 + 2**40))
+    assert torch.equal(torch.randn(9, generator=low), torch.randn(9, generator=high))
+    words = [dp_sgd.secret_generator().get_state()[24 : 24 + 624 * 8].view(-1, 8)[:, :4] for _ in range(2)]
+    assert int((words[0] == words[1]).all(1).sum()) <= 1  # two words agree by chance once in seven million pairs
+
+
+def test_secret_training_draws_noise_and_batches_from_secret_generators_alone(monkeypatch):
+    """With these generators fixed, unseeded training repeats: nothing else in it is random."""
+    config, labels = DPLoraConfig(r=1, num_steps=2, expected_batch_size=1), torch.tensor([0, 1, 2, 0, 1, 2])
+    made = []
+
+    def known(device="cpu"):
+        made.append(torch.Generator(device).manual_seed(len(made)))
+        return made[-1]
+
+    def flat():
+        made.clear()
+        adapter = train(tiny_dit(), images(), labels, config, seed=None).adapter
+        return torch.cat([p.flatten() for p in adapter.parameters()])
+
+    monkeypatch.setattr(dp_sgd, "secret_generator", known)
+    assert torch.equal(flat(), flat())
+    assert len(made) == 3 * 3  # noise, draws and batches of each class
+    monkeypatch.undo()
+    assert not torch.equal(flat(), flat())
+
+
 @pytest.mark.parametrize("mode", ["per_class", "shared"])
 def test_non_private_training_learns_and_samples(mode):
     base, labels = tiny_dit(), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -416,7 +460,8 @@ def test_the_certificate_states_the_budget_and_the_noise(relation):
         assert certificate.demonstration is stamp and certificate.private is not stamp
         assert certificate.sensitivity == (0.5 if relation == "replace_one" else 0.25)
         assert certificate.noise_std == pytest.approx(trained.plan.noise_std * 0.25)
-        (entry,) = certificate.ledger
+        declared, entry = certificate.ledger
+        assert declared.kind == "declared_public"
         assert (entry.steps, entry.sample_rate) == (2, 1.0)
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 60)
         assert type(certificate).from_json(certificate.to_json()) == certificate

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hyperdp_lib import embedding, hypernetwork
 from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
 
 
@@ -47,6 +48,44 @@ def test_removing_an_example_changes_no_bit_of_the_others(width):
         assert torch.equal(embed(encoder, images[kept]), codes[kept])
         assert torch.equal(embed(encoder, images[kept], batch_size=100), codes[kept])
     assert torch.equal(embed(encoder, images.flip(0)), codes.flip(0))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["glyphs", "glyphs-nested", "drawings", "photographs"])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_shipped_encoders_do_so_with_any_number_of_threads(name, count, threads):
+    """With 3 or 12 threads a matrix product rounds differently in some places of a batch, on many processors."""
+    threads(count)
+    encoder = hypernetwork.load_pretrained(name)[1].encoder
+    config = encoder.config
+    shape = (CHUNK + 2, config.channels, config.image_size, config.image_size)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    codes = embed(encoder, images)
+    for removed in (0, 50):
+        kept = torch.arange(len(images)) != removed
+        assert torch.equal(embed(encoder, images[kept]), codes[kept])
+
+
+def test_where_places_matter_every_image_is_a_batch_of_its_own():
+    """A function that rounds differently in the last place of a full batch, as products may, is never given one."""
+
+    def places_matter(images):
+        sums = images.flatten(1).sum(1)
+        return torch.where(torch.arange(len(images)) == CHUNK - 1, sums.nextafter(torch.tensor(9e9)), sums)
+
+    images = torch.rand(CHUNK + 3, 1, 4, 4)
+    assert embedding.fair_size(places_matter, (1, 4, 4)) == 1
+    assert embedding.fair_size(lambda images: images.flatten(1).sum(1), (1, 4, 4)) == CHUNK
+    found = embedding.in_batches(places_matter, images, size=1)
+    assert torch.equal(found[1:], embedding.in_batches(places_matter, images[1:], size=1))
+    full = [embedding.in_batches(places_matter, part, size=CHUNK) for part in (images, images[1:])]
+    assert not torch.equal(full[0][1:], full[1])  # and this is what would happen
 
 
 def test_batch_normalisation_would_be_caught(encoder):

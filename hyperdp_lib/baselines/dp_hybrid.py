@@ -324,7 +324,7 @@ def train_dp_hybrid(
     else:
         # of the two generators the weaker one is named
         stated, rng = certificate.DP_SGD, certificate.FLOAT_NOISE if seed is None else certificate.SEEDED_NOISE
-        charges = split.charges(plan)
+        charges = (dp_training.declared_size(num_private_declared), *split.charges(plan))
         sensitivity = plan.sensitivity * config.clip_norm
         fields = dict(
             noise_multiplier=plan.noise_multiplier,

@@ -43,7 +43,7 @@ from hyperdp_lib import accounting, artefacts, certificate, mechanism
 from hyperdp_lib.baselines import dp_training
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import CHUNK
+from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
 from hyperdp_lib.ledger import LedgerEntry
 
 Extractor = Callable[[Tensor], Tensor]
@@ -361,7 +361,7 @@ class Moments:
         self.count = config.count_coordinate
         self.weights = (size / math.hypot(1, config.beta), size * config.beta / math.hypot(1, config.beta))
         with torch.no_grad():
-            probe = self._chunk(torch.zeros(1, *shape))
+            probe = self._checked(torch.zeros(1, *shape))
         self.dimension = probe.shape[1]
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -378,20 +378,18 @@ class Moments:
     def of_private(
         self, private_images: Tensor, private_labels: Tensor
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Vectors and rows, for `mechanism.noisy_sum`, chunk by chunk.
+        """Vectors and rows, for `mechanism.noisy_sum`, chunk by chunk: each of its image alone, to the last bit.
 
-        The extractor always sees batches of one size: others would round differently, and one image more or less would
-        then move the last digits of others (see `hyperdp_lib.embedding`).
+        `hyperdp_lib.embedding` sees to the batches.
         """
+        size = fair_size(self._checked, self.shape)
         for chunk, rows in zip(private_images.split(CHUNK), private_labels.split(CHUNK), strict=True):
             if len(chunk):
-                yield self._chunk(chunk).cpu().numpy(), rows.cpu().numpy().astype(np.int64)
+                yield in_batches(self._checked, chunk, size=size).numpy(), rows.cpu().numpy().astype(np.int64)
 
-    def _chunk(self, private_chunk: Tensor) -> Tensor:
-        padded = torch.zeros(CHUNK, *self.shape, device=self.device)
-        padded[: len(private_chunk)] = private_chunk.to(self.device)
+    def _checked(self, images: Tensor) -> Tensor:
         try:
-            return self(padded)[: len(private_chunk)]
+            return self(images.to(self.device))
         except RuntimeError as error:
             raise InputError(f"the extractor cannot read images of shape {self.shape}: {error}") from error
 
@@ -469,7 +467,6 @@ def _certify(
         fields["encoder_sha256"] = artefacts.tensors_sha256(state)
     if config.public_class_counts:
         declared = (LedgerEntry("declared_public", "number of images of each class", 0.0, 0.0),)
-        fields["num_private_treatment"] = "number of images of each class declared public"
     if release.noise_multiplier == 0:
         return certificate.ledger_certificate(
             (*declared, LedgerEntry("other", f"{what}, without noise", math.inf, 0.0)),

@@ -7,19 +7,22 @@ What is public: the configuration and the *declared* number of examples, from wh
 denominator are computed; the true number is never used.  Which examples form a batch, like the noise, stays
 secret.
 
-Opacus draws floating-point Gaussian noise from torch's Mersenne twister.  That is not the exact arithmetic of
-`hyperdp_lib.mechanism`, and Opacus' ``secure_mode`` would not make it so (Opacus issue 616).
+Opacus draws floating-point Gaussian noise from torch's Mersenne twister, its whole state filled by the operating
+system (`secret_generator`).  That is neither the exact arithmetic of `hyperdp_lib.mechanism` nor a cryptographic
+generator, and Opacus' ``secure_mode`` would not give the first (Opacus issue 616).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +39,9 @@ Batch = tuple[Tensor, Tensor | None]
 
 Step = Callable[[Sequence[Batch]], None]
 """Makes one optimiser step from one batch, given in parts that fit into memory."""
+
+# where torch keeps the words of its Mersenne twister, each in eight bytes of Generator.get_state() (tested)
+_TWISTER_START, _TWISTER_WORDS = 24, 624
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,26 @@ def privacy_plan(
         route = "PRV accountant with Poisson sampling"
         multiplier = _sampled_multiplier(epsilon, delta, rate, num_steps)
     return PrivacyPlan(multiplier * sensitivity, rate, num_steps, declared_size, sensitivity, route)
+
+
+def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that nobody can guess: its state comes from the operating system.
+
+    ``manual_seed`` would not do: of its argument torch's Mersenne twister keeps 32 bits, few enough to try them all
+    against published noise.  So all of its 624 words are set; on a GPU the 64 bits of Philox' key are.
+
+    >>> a, b = secret_generator(), secret_generator()
+    >>> bool((torch.randn(4, generator=a) == torch.randn(4, generator=b)).any())
+    False
+    """
+    generator = torch.Generator(device)
+    if generator.device.type != "cpu":
+        return generator.manual_seed(secrets.randbits(64))
+    state = generator.manual_seed(0).get_state()  # nothing drawn yet: the words are twisted before the first number
+    words = np.frombuffer(secrets.token_bytes(4 * _TWISTER_WORDS), np.uint32).astype(np.uint64)
+    end = _TWISTER_START + words.nbytes
+    state[_TWISTER_START:end] = torch.from_numpy(words.view(np.uint8))
+    return generator.set_state(state)
 
 
 @functools.cache  # seconds of numerical composition, and the same for every seed

@@ -19,7 +19,6 @@ the private images, so none is returned or logged.
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,8 +135,8 @@ def train(
     per_class : bool
         One trainee for each class; otherwise one in all, whose loss is given the labels if there are several classes.
     seed : int, optional
-        Makes noise and batches reproducible, and the result a demonstration that is NOT PRIVATE. ``None`` seeds them
-        from the operating system.
+        Makes noise and batches reproducible, and the result a demonstration that is NOT PRIVATE. ``None`` keys them
+        from the operating system, `dp_sgd.secret_generator`.
     loss_function : callable, optional
         See `dp_sgd.LossFunction`; by default `hyperdp_lib.diffusion.denoising_loss`.
     make_gradients : callable, optional
@@ -158,7 +157,7 @@ def train(
         declared_size=num_private_declared / (len(names) if per_class else 1),
         num_steps=config.num_steps,
     )
-    secret = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+    seeds = None if seed is None else torch.Generator().manual_seed(seed)
     loss_function = loss_function or diffusion.denoising_loss
     started = time.perf_counter()
     bar = tqdm(
@@ -172,7 +171,7 @@ def train(
         trainees.append(make_trainee(label))
         images, own = (private_images[labels == label], None) if per_class else (private_images, labels)
         gradients = make_gradients(trainees[-1]) if make_gradients and plan.noise_std > 0 else None
-        _descend(trainees[-1], images, own, config, plan, secret, loss_function, gradients, bar.update)
+        _descend(trainees[-1], images, own, config, plan, seeds, loss_function, gradients, bar.update)
     bar.close()
     dimension = sum(p.numel() for p in _trained(trainees[0]))
     return Run(
@@ -200,6 +199,7 @@ def certify(
     """
     plan = run.plan
     fields: dict[str, Any] = {}
+    declared: tuple[LedgerEntry, ...] = ()
     if plan.noise_std == 0:
         mechanism, rng = certificate.NO_PRIVACY, certificate.NO_NOISE
         charge = LedgerEntry("other", f"{description}, without noise", math.inf, 0.0)
@@ -207,6 +207,7 @@ def certify(
         mechanism = certificate.DP_SGD
         rng = certificate.SEEDED_NOISE if seeded else certificate.FLOAT_NOISE
         charge = dp_sgd_charge(plan, description, epsilon, delta)
+        declared = (declared_size(num_private_declared),)
         fields = dict(
             noise_multiplier=plan.noise_multiplier,
             noise_std=plan.noise_multiplier * (plan.sensitivity * config.clip_norm),
@@ -215,7 +216,7 @@ def certify(
             dimension=run.noise_dimension,
         )
     return certificate.ledger_certificate(
-        (charge,),
+        (*declared, charge),
         delta,
         method=method,
         mechanism=mechanism,
@@ -240,6 +241,11 @@ def dp_sgd_charge(plan: PrivacyPlan, description: str, epsilon: float, delta: fl
         sample_rate=plan.sample_rate,
         steps=plan.num_steps,
     )
+
+
+def declared_size(num_private_declared: int) -> LedgerEntry:
+    """The ledger's entry for the declared number of images: sampling rate and denominator follow from it."""
+    return LedgerEntry("declared_public", f"number of images to plan for, {num_private_declared}", 0.0, 0.0)
 
 
 def trainable(model: nn.Module) -> nn.Module:
@@ -280,17 +286,24 @@ def _descend(
     private_labels: Tensor | None,
     config: TrainConfig,
     plan: PrivacyPlan,
-    secret: torch.Generator,
+    seeds: torch.Generator | None,
     loss_function: LossFunction,
     gradients: Gradients | None,
     tick: Callable[[], Any],
 ) -> None:
-    """Train in place; afterwards the trained parameters hold the average of the iterates."""
+    """Train in place; afterwards the trained parameters hold the average of the iterates.
+
+    ``seeds`` is advanced from one trainee to the next; ``None`` means secret batches and noise.
+    """
     parameters = _trained(model)
     device = parameters[0].device
     adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    noise = torch.Generator(device).manual_seed(_draw_seed(secret))
-    draws = torch.Generator().manual_seed(_draw_seed(secret))  # `diffusion` draws on the CPU
+    if seeds is None:
+        noise, draws, batches = (dp_sgd.secret_generator(where) for where in (device, "cpu", "cpu"))
+    else:
+        noise = torch.Generator(device).manual_seed(_draw_seed(seeds))
+        draws = torch.Generator().manual_seed(_draw_seed(seeds))  # `diffusion` draws on the CPU
+        batches = seeds
     if plan.noise_std > 0:
         if gradients is None:
             gradients = dp_sgd.ExampleGradients(model, loss_function, config.noise_draws)
@@ -299,7 +312,7 @@ def _descend(
         step = dp_sgd.plain_step(model, adamw, plan, loss_function, config.noise_draws, draws=draws)
     average = [p.detach().clone() for p in parameters]
     size = max(1, config.physical_batch_size // config.noise_draws)
-    for done, chosen in enumerate(dp_sgd.poisson_batches(len(private_images), plan, secret)):
+    for done, chosen in enumerate(dp_sgd.poisson_batches(len(private_images), plan, batches)):
         for group in adamw.param_groups:
             group["lr"] = config.learning_rate * (1 - 0.9 * done / plan.num_steps)
         parts = chosen.split(size) if len(chosen) else (chosen,)

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from hyperdp_lib import artefacts, diffusion, hypernetwork
 from hyperdp_lib.data import InputError, from_levels
+from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
 from hyperdp_lib.training import Loop, StageConfig, stream
-
-CHUNK = 128  # images the autoencoder runs on at a time, always exactly so many
 
 
 @dataclass(frozen=True)
@@ -126,17 +125,14 @@ def build_denoiser(preset: LatentPreset) -> nn.Module:
 def encode(autoencoder: Any, private_images: Tensor, scale: float) -> Tensor:
     """Latents (N, C', H', W') of images (N, C, H, W) in [-1, 1]: posterior means times a public scale; on the CPU.
 
-    An image's latent depends on that image alone, to the last bit: the autoencoder always sees batches of one size,
-    the last filled up with blanks (see `hyperdp_lib.embedding`).
+    An image's latent depends on that image alone, to the last bit: `hyperdp_lib.embedding` sees to the batches.
     """
     device = next(autoencoder.parameters()).device
-    parts = []
-    for chunk in private_images.split(CHUNK):
-        padded = torch.zeros(CHUNK, *chunk.shape[1:])
-        padded[: len(chunk)] = chunk
-        mean = autoencoder.encode(padded.to(device)).latent_dist.mean
-        parts.append(mean[: len(chunk)].cpu() * scale)
-    return torch.cat(parts) if parts else private_images
+
+    def means(images: Tensor) -> Tensor:
+        return autoencoder.encode(images.to(device)).latent_dist.mean.cpu() * scale
+
+    return in_batches(means, private_images, size=fair_size(means, private_images.shape[1:]))
 
 
 @torch.no_grad()

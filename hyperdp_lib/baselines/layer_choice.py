@@ -44,6 +44,7 @@ from hyperdp_lib.baselines.dp_sgd import LossFunction
 from hyperdp_lib.baselines.private_selection import SearchPlan
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError
+from hyperdp_lib.embedding import fair_size, in_batches
 from hyperdp_lib.ledger import LedgerEntry
 
 _BLOCK_LAYERS = r"(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|norm1\.linear)"
@@ -58,7 +59,7 @@ SUBSETS: Mapping[str, str] = {
 }
 """Name of a subset of a DiT's layers to PEFT's ``target_modules``; ``{blocks}`` stands for numbers of blocks."""
 
-_CHUNK = 32  # images scored at a time, always exactly so many: see `denoising_losses`
+_CHUNK = 32  # images scored at a time, where places do not matter: see `denoising_losses`
 _SCORE_SEED = 20_211_007
 
 
@@ -131,30 +132,26 @@ def denoising_losses(
 ) -> np.ndarray:
     """Denoising loss of each image, ``(N,)`` float64, at ``draws`` equally likely levels with one fixed noise for each.
 
-    A function of one image alone, to the last bit: all images meet the same levels and the same noise, and the model
-    always sees batches of one size, the last filled up with blank images.
+    A function of one image alone, to the last bit: all images meet the same levels and the same noise, and
+    `hyperdp_lib.embedding` sees to the batches.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(_SCORE_SEED)
     quantiles = (np.arange(draws) + 0.5) / draws
     sigma = torch.sigmoid(torch.tensor(norm.ppf(quantiles), dtype=torch.float32))[:, None, None, None, None]
     noise = torch.randn(draws, 1, *private_images.shape[1:], generator=generator)
-    losses = []
-    for start in range(0, len(private_images), _CHUNK):
-        part = private_images[start : start + _CHUNK].cpu()
-        padded = part.new_zeros(_CHUNK, *part.shape[1:])
-        padded[: len(part)] = part
-        labels = None
-        if private_rows is not None:
-            labels = torch.zeros(_CHUNK, dtype=torch.long)
-            labels[: len(part)] = private_rows[start : start + _CHUNK].cpu()
-            labels = labels.repeat(draws).to(device)
-        noisy = ((1 - sigma) * padded + sigma * noise).flatten(0, 1).to(device)
-        levels = sigma.flatten().repeat_interleave(_CHUNK).to(device)
-        velocity = diffusion.predict(model, noisy, levels, labels).cpu().unflatten(0, (draws, _CHUNK))
-        errors = (velocity - (noise - padded)).double().square().flatten(2).mean(2).mean(0)
-        losses.append(errors[: len(part)].numpy())
-    return np.concatenate(losses) if losses else np.zeros(0)
+
+    def losses(images: Tensor, rows: Tensor | None = None) -> Tensor:
+        noisy = ((1 - sigma) * images + sigma * noise).flatten(0, 1).to(device)
+        levels = sigma.flatten().repeat_interleave(len(images)).to(device)
+        labels = None if rows is None else rows.repeat(draws).to(device)
+        velocity = diffusion.predict(model, noisy, levels, labels).cpu().unflatten(0, (draws, len(images)))
+        return (velocity - (noise - images)).double().square().flatten(2).mean(2).mean(0)
+
+    columns = [private_images] if private_rows is None else [private_images, private_rows]
+    blank = [torch.zeros(_CHUNK, dtype=torch.long)] * (len(columns) - 1)
+    size = fair_size(lambda images: losses(images, *blank), private_images.shape[1:], _CHUNK)
+    return in_batches(losses, *columns, size=size).numpy()
 
 
 def improvements(
@@ -364,6 +361,7 @@ def _certify(
         f"{config.mean_trials:g}"
     )
     fields: dict[str, Any] = {}
+    declared: tuple[LedgerEntry, ...] = ()
     if sgd.noise_std == 0:
         stated, rng = certificate.NO_PRIVACY, certificate.NO_NOISE
         charge = LedgerEntry("other", f"{title}; each is LoRA training and a score, without noise", math.inf, 0.0)
@@ -388,8 +386,9 @@ def _certify(
             sample_rate=sgd.sample_rate,
             steps=sgd.num_steps,
         )
+        declared = (dp_training.declared_size(num_private_declared),)
     return certificate.ledger_certificate(
-        (charge,),
+        (*declared, charge),
         delta,
         method="dp_layer_search",
         mechanism=stated,
