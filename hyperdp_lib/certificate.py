@@ -39,7 +39,6 @@ _CHOICES = {
     "rng": (OS_NOISE, SEEDED_NOISE, FLOAT_NOISE, NO_NOISE),
     "neighboring_relation": tuple(RELATIONS),
 }
-# A search among trainings is known by its epsilon and delta only.
 _CHARGED_AS = {GAUSSIAN_SUM: ("gaussian",), DP_SGD: ("dp_sgd", "other"), NO_PRIVACY: ("gaussian", "other")}
 
 
@@ -98,10 +97,9 @@ class Certificate:
     @property
     def charged(self) -> bool:
         """Whether the release itself is in the ledger: an entry of its kind, with its noise."""
-        if self.mechanism == NO_PRIVATE_DATA:
-            return True
-        own = (entry for entry in self.ledger if entry.kind in _CHARGED_AS[self.mechanism])
-        return self.noise_multiplier in [entry.noise_multiplier for entry in own]
+        kinds = _CHARGED_AS.get(self.mechanism, ())
+        own = [entry.noise_multiplier for entry in self.ledger if entry.kind in kinds]
+        return self.mechanism == NO_PRIVATE_DATA or self.noise_multiplier in own
 
     @property
     def sentence(self) -> str:
@@ -113,10 +111,8 @@ class Certificate:
         if math.isinf(self.epsilon):
             stamp = STAMP if self.demonstration else "NOT PRIVATE"
             return f"{stamp}: no noise protects the private images (epsilon = infinity)."
-        claim = (
-            f"(epsilon = {_rounded_up(self.epsilon)}, delta = {_rounded_up(self.delta)})-differentially "
-            f"private with respect to {RELATIONS[self.neighboring_relation]}"
-        )
+        budget = f"(epsilon = {_rounded_up(self.epsilon)}, delta = {_rounded_up(self.delta)})"
+        claim = f"{budget}-differentially private with respect to {RELATIONS[self.neighboring_relation]}"
         if self.demonstration:
             return f"{STAMP}: the noise came from a seed; with secret noise this adapter would be {claim}."
         return f"This adapter is {claim}."
@@ -166,7 +162,7 @@ def ledger_certificate(
     multipliers = gaussian_multipliers(ledger)
     secret = neighboring_relation == "add_or_remove_one"
     derived = {
-        "num_private_treatment": _treatment(ledger) if secret else "public",
+        "num_private_treatment": _treatment(ledger, secret),
         "labels": "public label set, private labels" if fields.get("class_names") else "none",
         "conversion": conversion(ledger),
         "versions": library_versions(),
@@ -199,18 +195,14 @@ def gaussian_certificate(
 ) -> Certificate:
     """Certificate of one noisy sum, itself charged after `ledger` (what was spent before).
 
-    `fields`: ``epsilon`` (the budget asked for), ``num_private``, ``class_names``, ``encoder_sha256``,
-    ``base_model_sha256``, ``hypernetwork_sha256``, ``warnings``.
+    `fields`: ``epsilon`` (the budget asked for), and others of :class:`Certificate`.
 
-    Examples
-    --------
     >>> config = GaussianSum(dimension=64, noise_multiplier=accounting.noise_multiplier(1.0, 1e-5))
     >>> gaussian_certificate(config, 1e-5, epsilon=1.0, seeded=False).sentence[:52]
     'This adapter is (epsilon = 1, delta = 1e-05)-differe'
     """
     if config.neighboring_relation == "add_or_remove_one":
-        treatment = f"{_treatment(ledger)}; noisy count released in the same sum"
-        fields = {"num_private_treatment": treatment} | fields
+        fields = {"num_private_treatment": f"{_treatment(ledger, True)}; noisy count released in the same sum"} | fields
     numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
     return ledger_certificate(
         (*ledger, gaussian_charge(description, config.noise_multiplier, delta)),
@@ -226,27 +218,26 @@ def gaussian_certificate(
 
 def write_certificate(certificate: Certificate, folder: str | Path) -> Path:
     """Hash every file under `folder` into the certificate and write it there, atomically; its path."""
-    folder = Path(folder)
-    complete = dataclasses.replace(certificate, artefact_sha256=folder_sha256(folder))
-    write_atomic(folder / CERTIFICATE_FILE, complete.to_json().encode())
-    return folder / CERTIFICATE_FILE
+    path = Path(folder) / CERTIFICATE_FILE
+    complete = dataclasses.replace(certificate, artefact_sha256=folder_sha256(path.parent))
+    write_atomic(path, complete.to_json().encode())
+    return path
 
 
 def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[str]:
     """Problems of a release folder in plain English, empty if none: see :mod:`hyperdp_lib.verification`."""
-    from hyperdp_lib.verification import verify
+    from hyperdp_lib import verification
 
-    return verify(folder, base_model_sha256=base_model_sha256)
+    return verification.verify(folder, base_model_sha256=base_model_sha256)
 
 
-def _treatment(ledger: Sequence[LedgerEntry]) -> str:
-    """Of the number of images, under a relation that keeps it secret but for what was declared."""
-    declared = [entry.description for entry in ledger if not entry.private]
-    return f"declared public: {'; '.join(declared)}" if declared else "not public"
+def _treatment(ledger: Sequence[LedgerEntry], secret: bool) -> str:
+    declared = "; ".join(entry.description for entry in ledger if not entry.private)
+    return f"declared public: {declared}" if declared else "not public" if secret else "public"
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Finds accidents and edits. It is no signature: whoever can rewrite the folder can recompute it."""
+    # finds accidents and edits; no signature: whoever can rewrite the folder can recompute it
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -387,9 +387,9 @@ class Moments:
             if len(chunk):
                 yield in_batches(self._checked, chunk, size=size).numpy(), rows.cpu().numpy().astype(np.int64)
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def _checked(self, inputs: Tensor) -> Tensor:
         try:
-            return self(images.to(self.device))
+            return self(inputs.to(self.device))
         except RuntimeError as error:
             raise InputError(f"the extractor cannot read images of shape {self.shape}: {error}") from error
 

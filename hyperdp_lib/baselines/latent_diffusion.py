@@ -129,8 +129,8 @@ def encode(autoencoder: Any, private_images: Tensor, scale: float) -> Tensor:
     """
     device = next(autoencoder.parameters()).device
 
-    def means(images: Tensor) -> Tensor:
-        return autoencoder.encode(images.to(device)).latent_dist.mean.cpu() * scale
+    def means(private_chunk: Tensor) -> Tensor:
+        return autoencoder.encode(private_chunk.to(device)).latent_dist.mean.cpu() * scale
 
     return in_batches(means, private_images, size=fair_size(means, private_images.shape[1:]))
 

@@ -141,16 +141,16 @@ def denoising_losses(
     sigma = torch.sigmoid(torch.tensor(norm.ppf(quantiles), dtype=torch.float32))[:, None, None, None, None]
     noise = torch.randn(draws, 1, *private_images.shape[1:], generator=generator)
 
-    def losses(images: Tensor, rows: Tensor | None = None) -> Tensor:
-        noisy = ((1 - sigma) * images + sigma * noise).flatten(0, 1).to(device)
-        levels = sigma.flatten().repeat_interleave(len(images)).to(device)
-        labels = None if rows is None else rows.repeat(draws).to(device)
-        velocity = diffusion.predict(model, noisy, levels, labels).cpu().unflatten(0, (draws, len(images)))
-        return (velocity - (noise - images)).double().square().flatten(2).mean(2).mean(0)
+    def losses(private_chunk: Tensor, private_labels: Tensor | None = None) -> Tensor:
+        noisy = ((1 - sigma) * private_chunk + sigma * noise).flatten(0, 1).to(device)
+        levels = sigma.flatten().repeat_interleave(len(private_chunk)).to(device)
+        labels = None if private_labels is None else private_labels.repeat(draws).to(device)
+        velocity = diffusion.predict(model, noisy, levels, labels).cpu().unflatten(0, (draws, len(private_chunk)))
+        return (velocity - (noise - private_chunk)).double().square().flatten(2).mean(2).mean(0)
 
     columns = [private_images] if private_rows is None else [private_images, private_rows]
     blank = [torch.zeros(_CHUNK, dtype=torch.long)] * (len(columns) - 1)
-    size = fair_size(lambda images: losses(images, *blank), private_images.shape[1:], _CHUNK)
+    size = fair_size(lambda public_chunk: losses(public_chunk, *blank), private_images.shape[1:], _CHUNK)
     return in_batches(losses, *columns, size=size).numpy()
 
 
