@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from hyperdp_lib import artefacts, diffusion, hypernetwork
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
+from hyperdp_lib.training import PRESETS as TRAINING_PRESETS
 from hyperdp_lib.training import Loop, StageConfig, stream
 
 
@@ -81,6 +82,19 @@ SMOKE = LatentPreset(
     autoencoder_stage=StageConfig(6, 8, 2, 1e-3, 0.9),
     denoiser_stage=StageConfig(6, 8, 4, 1e-3, 0.9),
 )
+
+
+PRESETS = {
+    "glyphs": LatentPreset(),
+    "drawings": LatentPreset(),
+    # as long as that pair's own base model
+    "photographs": LatentPreset(
+        image_channels=3,
+        autoencoder_stage=StageConfig(800, 32, 2, 2e-3),
+        denoiser_stage=StageConfig(800, 32, 8, 1.5e-3),
+    ),
+}
+"""By the name of the weights beside which they stand, and whose public data they are trained on."""
 
 
 def build_autoencoder(preset: LatentPreset) -> nn.Module:
@@ -181,7 +195,7 @@ def load_latent_models(
             autoencoder.eval().requires_grad_(False)
             return autoencoder.to(device), denoiser.to(device), float(autoencoder.config.scaling_factor)
     raise InputError(
-        f"no latent models {str(name_or_path)!r}: give 'glyphs-latent', or a folder made by "
+        f"no latent models {str(name_or_path)!r}: give the name of shipped ones, or a folder made by "
         "python -m hyperdp_lib.baselines.dp_ldm"
     )
 
@@ -274,20 +288,21 @@ def train_denoiser(
     return denoiser.eval().requires_grad_(False)
 
 
-def train_latent_models(preset: LatentPreset, out: str | Path, *, device: str = "cpu", tasks: Any = None) -> Path:
+def train_latent_models(
+    preset: LatentPreset, out: str | Path, *, name: str = "glyphs", device: str = "cpu", tasks: Any = None
+) -> Path:
     """Both stages, each resumed where it stopped, then the folder of weights, which is returned.
 
-    ``tasks``: training and held-out public tasks; by default the glyphs.
+    ``tasks``: training and held-out public tasks; by default those of the weights ``name``.
     """
-    from hyperdp_lib.glyphs import GlyphTasks
-
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = json.dumps(dataclasses.asdict(preset), indent=2)
     if (out / "preset.json").exists() and (out / "preset.json").read_text() != settings:
         raise InputError(f"{out} holds another preset's training: choose another folder with --out")
     (out / "preset.json").write_text(settings)
-    training, held_out = tasks or (GlyphTasks(), GlyphTasks(split="held_out"))
+    public_data = TRAINING_PRESETS[name].public_data
+    training, held_out = tasks or (public_data.tasks(), public_data.tasks("held_out"))
     autoencoder, scale = train_autoencoder(preset, training, held_out, out, device)
     denoiser: Any = train_denoiser(preset, training, held_out, autoencoder, scale, out, device)
     folder = out / "weights"
@@ -301,8 +316,8 @@ def train_latent_models(preset: LatentPreset, out: str | Path, *, device: str = 
         last = json.loads(state["history"])[-1]
         stages[name] = {"steps": state["step"], "seconds": round(state["seconds"]), "last": last}
     manifest = {
-        "name": "glyphs-latent",
-        "command": "python -m hyperdp_lib.baselines.dp_ldm" + (" --smoke" if preset == SMOKE else ""),
+        "name": f"{name}-latent",
+        "command": f"python -m hyperdp_lib.baselines.dp_ldm --public {name}" + (" --smoke" if preset not in PRESETS.values() else ""),
         "public_data": training.describe(),
         "preset": json.loads(settings),
         "scale": scale,
@@ -329,13 +344,11 @@ def model_card(manifest: dict) -> str:
 KL autoencoder (diffusers `AutoencoderKL`) and denoiser of its latents (diffusers `DiTTransformer2DModel`), for the
 rival DP-LDM. Public data only.
 
-- **Data.** {data["shapes"]} shapes of {data["classes"]} classes: {data["strokes"]} random pen strokes, the rest
-  characters rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits:
-  {"kept" if data["lookalikes"] else "left out"}.
+- **Data.** {data["text"]}
 - **Command.** `{manifest["command"]} --out FOLDER` (seed {preset["seed"]}, {manifest["device"]}).
 - **Use.** Posterior mean times {manifest["scale"]:.4f} is what the denoiser denoises, by flow matching; labels
   0 .. {preset["pseudo_labels"] - 1} are clusters of public tasks, {preset["pseudo_labels"]} is no label.
-- **Limits.** Made for single drawn characters and simple drawings, 16 x 16, white on black. Half precision.
+- **Limits.** {data.get("limits", "Made for single drawn characters and simple drawings")}. Half precision.
 
 | stage | steps | wall time (shared machine, pauses included) | last log line |
 |---|---|---|---|
@@ -353,9 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m hyperdp_lib.baselines.dp_ldm", description="Train the latent models."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and weights")
+    parser.add_argument("--public", choices=PRESETS, default="glyphs", help="weights whose public data to use")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps: does it run?")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    folder = train_latent_models(SMOKE if options.smoke else LatentPreset(), options.out, device=options.device)
+    preset = PRESETS[options.public]
+    if options.smoke:
+        preset = dataclasses.replace(SMOKE, image_channels=preset.image_channels)
+    folder = train_latent_models(preset, options.out, name=options.public, device=options.device)
     print(folder)
     return 0
