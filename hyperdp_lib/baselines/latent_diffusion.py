@@ -306,18 +306,19 @@ def train_latent_models(
     autoencoder, scale = train_autoencoder(preset, training, held_out, out, device)
     denoiser: Any = train_denoiser(preset, training, held_out, autoencoder, scale, out, device)
     folder = out / "weights"
-    for name, model in (("autoencoder", autoencoder), ("denoiser", denoiser)):
-        copy.deepcopy(model).cpu().half().save_pretrained(folder / name)
-        for path in (folder / name).iterdir():
+    for part, model in (("autoencoder", autoencoder), ("denoiser", denoiser)):
+        copy.deepcopy(model).cpu().half().save_pretrained(folder / part)
+        for path in (folder / part).iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner may read
     stages = {}
-    for name in ("autoencoder", "denoiser"):
-        state = torch.load(out / f"{name}.pt", weights_only=True)
+    for part in ("autoencoder", "denoiser"):
+        state = torch.load(out / f"{part}.pt", weights_only=True)
         last = json.loads(state["history"])[-1]
-        stages[name] = {"steps": state["step"], "seconds": round(state["seconds"]), "last": last}
+        stages[part] = {"steps": state["step"], "seconds": round(state["seconds"]), "last": last}
+    smoke = "" if preset in PRESETS.values() else " --smoke"
     manifest = {
         "name": f"{name}-latent",
-        "command": f"python -m hyperdp_lib.baselines.dp_ldm --public {name}" + (" --smoke" if preset not in PRESETS.values() else ""),
+        "command": f"python -m hyperdp_lib.baselines.dp_ldm --public {name}{smoke}",
         "public_data": training.describe(),
         "preset": json.loads(settings),
         "scale": scale,
