@@ -10,8 +10,8 @@ Two ways to use labels, the better of which is the rival:
 * ``shared``: one denoiser whose conditioner has a row for each class, as in the paper;
 * ``per_class``: one denoiser for each class, tuned on that class alone, at the cost of one.
 
-``python -m hyperdp_lib.baselines.dp_ldm --out FOLDER`` trains the public models and writes ``FOLDER/weights``;
-stopped, it continues when run again.
+``python -m hyperdp_lib.baselines.dp_ldm --public glyphs --out FOLDER`` trains the public models on the public data of
+these weights and writes ``FOLDER/weights``; stopped, it continues when run again.
 """
 
 from __future__ import annotations

@@ -87,12 +87,7 @@ SMOKE = LatentPreset(
 PRESETS = {
     "glyphs": LatentPreset(),
     "drawings": LatentPreset(),
-    # as long as that pair's own base model
-    "photographs": LatentPreset(
-        image_channels=3,
-        autoencoder_stage=StageConfig(800, 32, 2, 2e-3),
-        denoiser_stage=StageConfig(800, 32, 8, 1.5e-3),
-    ),
+    "photographs": LatentPreset(image_channels=3),
 }
 """By the name of the weights beside which they stand, and whose public data they are trained on."""
 
