@@ -487,16 +487,17 @@ def test_clusters_are_means_of_the_tasks_nearest_to_them():
     assert torch.equal(centres, latent_diffusion.task_clusters(preset, public_tasks(), autoencoder, 1.0))
 
 
-def test_shipped_models_are_those_of_their_manifest_and_redraw_a_stroke():
-    folder = hypernetwork.WEIGHTS / "glyphs-latent"
+@pytest.mark.parametrize("name", latent_diffusion.PRESETS)
+def test_shipped_models_are_those_of_their_manifest_and_redraw_a_stroke(name):
+    folder = hypernetwork.WEIGHTS / f"{name}-latent"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = artefacts.folder_sha256(folder)
     assert {k: v for k, v in files.items() if "/" in k} == manifest["sha256"]
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 4 * 2**20
-    assert json.loads(json.dumps(dataclasses.asdict(latent_diffusion.LatentPreset()))) == manifest["preset"]
-    assert not manifest["public_data"]["lookalikes"]
-    autoencoder, denoiser, scale = dp_ldm.load_latent_models()
-    stroke = torch.full((1, 1, 16, 16), -1.0)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 5 * 2**20
+    assert json.loads(json.dumps(dataclasses.asdict(latent_diffusion.PRESETS[name]))) == manifest["preset"]
+    assert not manifest["public_data"].get("lookalikes") and manifest["name"] == folder.name
+    autoencoder, denoiser, scale = dp_ldm.load_latent_models(folder.name)
+    stroke = torch.full((1, manifest["preset"]["image_channels"], 16, 16), -1.0)
     stroke[..., 3:13, 6:8] = 1.0
     latent = latent_diffusion.encode(autoencoder, stroke, scale)
     assert (latent_diffusion.decode(autoencoder, latent, scale) - stroke).square().mean() < 0.05
