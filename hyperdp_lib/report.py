@@ -94,6 +94,10 @@ _LOGGED = {
     "held_out_no_adapter": "without adapters",
     "classify": "classification loss",
     "redraw": "redrawing loss",
+    "error": "squared error",
+    "kl": "KL divergence",
+    "held_out_error": "squared error on held-out tasks",
+    "held_out_unlabelled": "without labels",
 }
 _START, _END = "<!-- results:start -->", "<!-- results:end -->"
 
@@ -259,13 +263,23 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_d
     return "\n\n".join(
         [
             f"### One unlabelled set of {FEW} images, ε = 1",
-            *(f"Public data: {name}.\n\n{sets_table(scores, pairs, (1.0,), against=ours)}" for name, pairs in groups),
+            *(
+                f"Public data: {name}; {_seeds(scores, pairs)} seeds.\n\n"
+                f"{sets_table(scores, pairs, (1.0,), against=ours)}"
+                for name, pairs in groups
+            ),
             f"### {most:,} labelled digits",
             *(score_table(chosen, pair, score, against=ours) for score in ("frechet_distance", "accuracy")),
             f"Seeds: {chosen['seed'].nunique()}.",
             *(_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)),
         ]
     )
+
+
+def _seeds(scores: pd.DataFrame, pairs: Iterable[str], epsilon: float = 1.0) -> int:
+    """The largest number of seeds in a cell of `sets_table`."""
+    shown = scores[scores["pair"].isin(tuple(pairs)) & (scores["num_private"] == FEW) & (scores["epsilon"] == epsilon)]
+    return int(shown["seed"].nunique())
 
 
 def _few(scores: pd.DataFrame, size: int) -> str:
