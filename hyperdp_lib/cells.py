@@ -98,10 +98,17 @@ class CellEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [-1, 1] -> (N, M (1 + k))."""
-        codes = self.encoder(images)
-        cell = (codes[:, 1:] @ self.centroids.T).argmax(1)
+        codes, scores = self.weighed(images).tensor_split([self.encoder.config.dimension], 1)
+        cell = scores.argmax(1)
         blocks = F.one_hot(cell, len(self.centroids)).to(codes.dtype)[:, :, None] * codes[:, None]
         return blocks.flatten(1)
+
+    def weighed(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> vectors with the scores of all cells (N, 1 + k + M): what `forward` decides by."""
+        codes = self.encoder(images)
+        # No matrix product: its rounding may depend on the place in a batch, and a tie would then move an image to
+        # another cell because some other image is there.
+        return torch.cat([codes, (codes[:, None, 1:] * self.centroids).sum(2)], 1)
 
 
 class CellHyperNetwork(nn.Module):

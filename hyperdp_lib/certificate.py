@@ -86,20 +86,24 @@ class Certificate:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+        if not self.delta < 1:
+            raise ValueError("delta must be below 1")
         if self.num_private is not None and self.neighboring_relation == "add_or_remove_one":
             raise ValueError("num_private is secret under add_or_remove_one and must not be stated")
 
     @property
     def private(self) -> bool:
-        """Whether the guarantee holds: unpredictable noise, and a finite epsilon."""
-        return not self.demonstration and math.isfinite(self.epsilon)
+        """Whether the guarantee holds: charged, unpredictable noise, and a finite epsilon."""
+        return self.charged and not self.demonstration and math.isfinite(self.epsilon)
 
     @property
     def charged(self) -> bool:
         """Whether the release itself is in the ledger: an entry of its kind, with its noise."""
-        kinds = _CHARGED_AS.get(self.mechanism, ())
-        own = [entry.noise_multiplier for entry in self.ledger if entry.kind in kinds]
-        return self.mechanism == NO_PRIVATE_DATA or self.noise_multiplier in own
+        if self.mechanism == NO_PRIVATE_DATA:
+            return not any(entry.private for entry in self.ledger)
+        own = [entry.noise_multiplier for entry in self.ledger if entry.kind in _CHARGED_AS[self.mechanism]]
+        protected = self.noise_multiplier is not None and self.mechanism != NO_PRIVACY
+        return self.noise_multiplier in own and (protected or math.isinf(self.epsilon))
 
     @property
     def sentence(self) -> str:
@@ -168,10 +172,7 @@ def ledger_certificate(
         "versions": library_versions(),
     }
     return Certificate(
-        method,
-        mechanism,
-        stated,
-        delta,
+        method, mechanism, stated, delta,
         mu=None if multipliers is None else accounting.mu(multipliers),
         rho=None if multipliers is None else accounting.rho(multipliers),
         neighboring_relation=neighboring_relation,
@@ -180,7 +181,7 @@ def ledger_certificate(
         num_private=None if secret else num_private,
         ledger=tuple(ledger),
         **(derived | fields),
-    )
+    )  # fmt: skip
 
 
 def gaussian_certificate(
@@ -205,15 +206,13 @@ def gaussian_certificate(
         fields = {"num_private_treatment": f"{_treatment(ledger, True)}; noisy count released in the same sum"} | fields
     numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
     return ledger_certificate(
-        (*ledger, gaussian_charge(description, config.noise_multiplier, delta)),
+        (*ledger, gaussian_charge(description, config.noise_multiplier, delta, config.neighboring_relation)),
         delta,
-        method=method,
-        mechanism=GAUSSIAN_SUM,
-        neighboring_relation=config.neighboring_relation,
+        method=method, mechanism=GAUSSIAN_SUM, neighboring_relation=config.neighboring_relation,
         rng=SEEDED_NOISE if seeded else OS_NOISE,
         **{name: getattr(config, name) for name in numbers},
         **fields,
-    )
+    )  # fmt: skip
 
 
 def write_certificate(certificate: Certificate, folder: str | Path) -> Path:

@@ -73,8 +73,11 @@ class Classifier:
     ) -> Classifier:
         """Of a noisy sum (K, ...) as released: one part a class, with cells one for each that the decoder uses.
 
-        ``prior``: default the one that belongs to the weights. Raises InputError if there is none.
+        ``prior``: default the one that belongs to the weights. InputError if there is none, or if with ``ridge`` 0
+        images spread in fewer directions than there are.
         """
+        if not 0 <= ridge <= 1:
+            raise InputError(f"ridge must lie in [0, 1], got {ridge}.")
         sums = torch.as_tensor(noisy_sum, dtype=torch.float32).cpu()
         cells = isinstance(hypernetwork, CellHyperNetwork)
         plain = hypernetwork.hypernetwork if cells else hypernetwork
@@ -88,7 +91,10 @@ class Classifier:
             means, left = posterior.posterior(torch.cat(parts), noise_std, prior, constant)
         k = len(prior.mean)
         even = torch.eye(k, dtype=torch.float64) * prior.within.trace() / k
-        return cls(plain.encoder, means, left + torch.lerp(prior.within, even, ridge), classes)
+        covariances = left + torch.lerp(prior.within, even, ridge)
+        if torch.linalg.cholesky_ex(covariances).info.any():
+            raise InputError("the prior's images do not spread in all directions; give a larger ridge.")
+        return cls(plain.encoder, means, covariances, classes)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -517,10 +517,11 @@ def _check_epsilon(epsilon: float, delta: float) -> None:
     _check_delta(delta)
     if not 0 < epsilon <= 1e6:  # beyond that nothing is protected, and floats end
         _refuse(f"--epsilon must be a positive number up to a million, got {epsilon:g}; 1 is a usual choice")
-    from hyperdp_lib import accounting
+    from hyperdp_lib import accounting, mechanism
 
     try:
-        accounting.noise_multiplier(epsilon, delta)
+        for relation in NEIGHBORING_RELATIONS:  # noise that is too large for exact integers is refused, too
+            mechanism.GaussianSum(1, accounting.noise_multiplier(epsilon, delta), neighboring_relation=relation)
     except ValueError as error:
         _refuse(f"--epsilon {epsilon:g} with --delta {delta:g}: {error}")
 

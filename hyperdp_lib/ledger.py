@@ -15,6 +15,7 @@ from hyperdp_lib import accounting
 from hyperdp_lib.strict_json import check_types
 
 KINDS = ("gaussian", "dp_sgd", "other", "declared_public")
+RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class LedgerEntry:
         Noise over sensitivity of one step (``gaussian`` and ``dp_sgd``).
     sample_rate, steps : float, int
         Poisson sampling rate in (0, 1] and number of steps (``dp_sgd``).
+    neighboring_relation : {"add_or_remove_one", "replace_one", "zero_out"}
+        What its cost was computed for: costs under different relations do not add up.
     """
 
     kind: str
@@ -47,6 +50,7 @@ class LedgerEntry:
     noise_multiplier: float | None = None
     sample_rate: float = 1.0
     steps: int = 1
+    neighboring_relation: str = "add_or_remove_one"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -58,6 +62,11 @@ class LedgerEntry:
             raise ValueError("a ledger entry needs 0 < sample_rate <= 1, 1 <= steps <= 10**7 and delta < 1")
         if self.kind == "gaussian" and (self.sample_rate, self.steps) != (1.0, 1):
             raise ValueError("a ledger entry of kind gaussian is one unsampled release")
+        if self.neighboring_relation not in RELATIONS:
+            raise ValueError(f"neighboring_relation must be one of {', '.join(RELATIONS)}")
+        cost = (self.epsilon, self.delta, self.mu, self.noise_multiplier, self.sample_rate, self.steps)
+        if self.kind == "declared_public" and cost != (0, 0, None, None, 1, 1):
+            raise ValueError("what is declared public is outside the promise and has no cost or noise")
 
     @property
     def private(self) -> bool:
@@ -65,7 +74,9 @@ class LedgerEntry:
         return self.kind != "declared_public"
 
 
-def gaussian_charge(description: str, noise_multiplier: float, delta: float) -> LedgerEntry:
+def gaussian_charge(
+    description: str, noise_multiplier: float, delta: float, neighboring_relation: str = "add_or_remove_one"
+) -> LedgerEntry:
     """Entry of one call of the mechanism: the release, or another (a noisy score, a first look).
 
     >>> gaussian_charge("one noisy sum", 2.0, 1e-5).mu
@@ -73,7 +84,9 @@ def gaussian_charge(description: str, noise_multiplier: float, delta: float) -> 
     """
     cost = accounting.epsilon(noise_multiplier, delta)
     mu = accounting.mu(noise_multiplier)
-    return LedgerEntry("gaussian", description, cost, delta, mu, noise_multiplier)
+    return LedgerEntry(
+        "gaussian", description, cost, delta, mu, noise_multiplier, neighboring_relation=neighboring_relation
+    )
 
 
 def gaussian_multipliers(ledger: Sequence[LedgerEntry]) -> list[float] | None:
@@ -90,7 +103,8 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     Noisy sums alone compose exactly (mu-GDP). With DP-SGD among them, dp-accounting's PLD composes all; one
     DP-SGD run alone gets :func:`~hyperdp_lib.accounting.dp_sgd_epsilon`. What is known only by its epsilon
     and delta is added on top (basic composition), as is sampled DP-SGD under ``replace_one``, which no
-    accountant here covers.
+    accountant here covers. Entries of another relation are a ValueError: the same noise protects less against
+    a replacement than against a removal.
 
     Examples
     --------
@@ -99,6 +113,12 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     1.0
     """
     private = [entry for entry in ledger if entry.private]
+    for entry in private:
+        if entry.neighboring_relation != neighboring_relation and math.isfinite(entry.epsilon):
+            raise ValueError(
+                f"the ledger entry {entry.description!r} was charged for {entry.neighboring_relation}, "
+                f"and the release is for {neighboring_relation}; charge both for the same relation"
+            )
     known_only = [entry for entry in private if _is_known_only(entry, neighboring_relation)]
     composed = [entry for entry in private if not _is_known_only(entry, neighboring_relation)]
     base = math.fsum(entry.epsilon for entry in known_only)
@@ -128,6 +148,6 @@ def conversion(ledger: Sequence[LedgerEntry]) -> str:
     kinds = {entry.kind for entry in private}
     if kinds == {"gaussian"}:
         return "analytic Gaussian mechanism with discretisation slack; rho is exact"
-    if kinds == {"dp_sgd"} and len(private) == 1:
+    if kinds == {"dp_sgd"} and len(private) == 1 and not _is_known_only(private[0], private[0].neighboring_relation):
         return "the larger of the PRV and the PLD accountant; analytic Gaussian for full batches"
     return "PLD, and basic composition of what is known by epsilon and delta only" if kinds else "none"

@@ -184,4 +184,5 @@ def _release(
         noisy = mechanism.noisy_sum([(private_vectors, None)], config, seed=seed)[0]
     except ValueError as error:
         raise InputError(str(error)) from error
-    return noisy, config.noise_std, gaussian_charge(description, config.noise_multiplier, delta)
+    charge = gaussian_charge(description, config.noise_multiplier, delta, neighboring_relation)
+    return noisy, config.noise_std, charge

@@ -10,6 +10,7 @@ rewrite the whole folder can write a consistent false one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TENSOR, file_sha256
-from hyperdp_lib.certificate import DP_SGD, GAUSSIAN_SUM, NO_NOISE, SEEDED_NOISE, Certificate
+from hyperdp_lib.certificate import DP_SGD, GAUSSIAN_SUM, NO_NOISE, NO_PRIVATE_DATA, SEEDED_NOISE, Certificate
 from hyperdp_lib.ledger import ledger_epsilon
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -87,6 +88,14 @@ def _budget(certificate: Certificate, folder: Path) -> Iterator[str]:
         cost = ledger_epsilon([entry], entry.delta, certificate.neighboring_relation)
         if not _agree(entry.epsilon, cost, 1e-5):
             yield f"the ledger entry {entry.description!r} states a wrong epsilon"
+    for entry in ledger:
+        if entry.kind == "dp_sgd" and entry.sample_rate < 1 and entry.neighboring_relation == "replace_one":
+            # a replacement is a removal and an addition: group privacy for two
+            half, small = entry.epsilon / 2, entry.delta / (1 + math.exp(entry.epsilon / 2))
+            removal = dataclasses.replace(entry, neighboring_relation="add_or_remove_one", epsilon=half)
+            spent = ledger_epsilon([removal], small, "add_or_remove_one")
+            if spent > half * 1.01:
+                yield f"the ledger entry {entry.description!r} states less than its noise costs"
     if len(gaussian) == len([entry for entry in ledger if entry.private]) > 0:
         squared = math.fsum((entry.noise_multiplier or 1.0) ** -2 for entry in gaussian)
         mu, rho = math.sqrt(squared), squared / 2
@@ -131,7 +140,7 @@ def _noise(certificate: Certificate, folder: Path) -> Iterator[str]:
     factor = 2.0 if certificate.neighboring_relation == "replace_one" else 1.0
     # A replaced example under Poisson sampling is charged as one removed and one added, each at sensitivity
     # C.
-    sampled = any(entry.sample_rate < 1 for entry in certificate.ledger)
+    sampled = any(entry.kind != "gaussian" and entry.sample_rate < 1 for entry in certificate.ledger)
     allowed = {factor, 1.0} if certificate.mechanism == DP_SGD and sampled else {factor}
     if not any(_agree(sensitivity, clip_norm * f, 1e-9) for f in allowed):
         yield f"the sensitivity of {certificate.neighboring_relation} must be {factor:g} times the clip norm"
@@ -147,7 +156,7 @@ def _noise(certificate: Certificate, folder: Path) -> Iterator[str]:
 def _stamp(certificate: Certificate, folder: Path) -> Iterator[str]:
     if certificate.demonstration != (certificate.rng == SEEDED_NOISE):
         yield "the demonstration stamp contradicts the kind of randomness"
-    if certificate.rng == NO_NOISE and math.isfinite(certificate.epsilon) and certificate.epsilon > 0:
+    if certificate.rng == NO_NOISE and certificate.mechanism != NO_PRIVATE_DATA and math.isfinite(certificate.epsilon):
         yield "a finite epsilon is stated without noise"
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperdp_lib import mechanism
+from hyperdp_lib import embedding, mechanism
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import NUMBERS, SLOTS, CellEncoder, CellHyperNetwork, apportion, cells_for, find_centroids
@@ -46,6 +46,49 @@ def test_the_norm_is_at_most_one_whatever_the_image(network):
 def test_an_image_gets_the_same_vector_in_any_company(network, images):
     alone = torch.cat([embed(network.encoder, one[None]) for one in images[:5]])
     assert torch.equal(alone, embed(network.encoder, torch.cat([images[:5], images[5 : CHUNK + 9]]))[:5])
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_tie_between_cells_is_decided_by_the_image_alone(count):
+    """Of images on the border of two cells, to the last bit, none goes elsewhere for its place in a batch."""
+    encoder = CellHyperNetwork.with_cells(count, load_pretrained("glyphs-nested")[1], 0.0, 5000).encoder
+    images = digits("train").images[:100]
+    cells = embed(encoder, images).view(len(images), count, -1)[..., 0].argmax(1)
+    one, other = images[0], images[(cells != cells[0]).nonzero()[0, 0]]
+
+    def between(shares):
+        return one + torch.tensor(shares, dtype=torch.float32).view(-1, 1, 1, 1) * (other - one)
+
+    def cell(batch):
+        return embed(encoder, batch).view(len(batch), count, -1)[..., 0].argmax(1)
+
+    low, high = 0.0, 1.0
+    for _ in range(26):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cell(between([middle])) == cells[0] else (low, middle)
+    border = between(np.linspace(low - 3e-6, high + 3e-6, 64).tolist())
+    assert len(cell(border).unique()) > 1
+    for image in border[16:48]:
+        assert len(cell(image.repeat(CHUNK, 1, 1, 1)).unique()) == 1
+
+
+def test_rounding_of_a_cells_score_is_seen_where_no_image_ties(network, images, monkeypatch):
+    """Scores that depend on the place, by less than any image shows, make every image a batch of its own."""
+    sizes = []
+    counted = embedding.in_batches
+    monkeypatch.setattr(embedding, "in_batches", lambda *a, size: sizes.append(size) or counted(*a, size=size))
+    weighed = CellEncoder.weighed
+
+    def by_place(self, batch):
+        found = weighed(self, batch)
+        found[1:, -1] = found[1:, -1].nextafter(torch.tensor(9e9))
+        return found
+
+    monkeypatch.setattr(embedding, "_fair_sizes", {})
+    expected = embed(network.encoder, images[:5])
+    monkeypatch.setattr(CellEncoder, "weighed", by_place)
+    monkeypatch.setattr(embedding, "_fair_sizes", {})
+    assert torch.allclose(embed(network.encoder, images[:5]), expected, atol=1e-6) and sizes == [CHUNK, 1]
 
 
 def test_sums_of_cells_add_up_to_the_plain_sum_and_one_image_moves_one_block(network, plain, images):

@@ -149,8 +149,36 @@ def test_a_release_is_charged_by_an_entry_of_its_own_kind():
         assert not elsewhere.charged and "No epsilon can be stated" in elsewhere.sentence
     trained = dataclasses.replace(made, mechanism=certificates.DP_SGD)
     assert not trained.charged
-    declared = LedgerEntry("declared_public", "n", 0.0, 0.0, noise_multiplier=own.noise_multiplier)
+    declared = LedgerEntry("declared_public", "n", 0.0, 0.0)
     assert not dataclasses.replace(made, ledger=(declared,)).charged
+    assert not dataclasses.replace(made, ledger=(declared,)).private and made.private
+    # no noise stated is no noise found: an entry that states none, either, does not vouch for a finite epsilon
+    black_box = LedgerEntry("other", "a black box", 0.1, 1e-6)
+    for mechanism in (certificates.DP_SGD, certificates.NO_PRIVACY):
+        unstated = dataclasses.replace(made, mechanism=mechanism, noise_multiplier=None, ledger=(black_box,))
+        assert not unstated.charged
+        assert dataclasses.replace(unstated, epsilon=math.inf).sentence.startswith("NOT PRIVATE")
+
+
+def test_what_read_no_private_data_has_no_private_charge():
+    arguments = dict(method="public_only", neighboring_relation="add_or_remove_one", rng=certificates.NO_NOISE)
+    declared = LedgerEntry("declared_public", "n = 128", 0.0, 0.0)
+    charge = gaussian_charge("selection score", 1.0, 1e-5)
+    for ledger, charged in (((), True), ((declared,), True), ((declared, charge), False)):
+        made = certificates.ledger_certificate(ledger, 1e-5, mechanism=certificates.NO_PRIVATE_DATA, **arguments)
+        assert made.charged == charged and ("public data alone" in made.sentence) == charged
+
+
+def test_costs_under_different_relations_do_not_add_up():
+    """Noise that is enough against a removal is half of what a replacement takes."""
+    removal, replacement = (gaussian_charge("a sum", MULTIPLIER, 1e-5, r) for r in ("add_or_remove_one", "replace_one"))
+    assert ledger_epsilon([replacement] * 2, 1e-5, "replace_one") > 1.0
+    for ledger, relation in (([removal, replacement], "replace_one"), ([replacement], "zero_out")):
+        with pytest.raises(ValueError, match="charge both for the same relation"):
+            ledger_epsilon(ledger, 1e-5, relation)
+    for relation in certificates.RELATIONS:
+        config = dataclasses.replace(CONFIG, neighboring_relation=relation)
+        assert gaussian_certificate(config, 1e-5, seeded=False).ledger[0].neighboring_relation == relation
 
 
 def test_a_declared_size_is_said_to_be_public():
@@ -182,10 +210,12 @@ def test_ledger_composition_of_every_kind():
     assert total(other, other, other, other, other, other) == math.inf  # delta is used up
     assert max(total(sgd), total(gaussian)) < total(sgd, gaussian) < total(sgd) + total(gaussian) + 1.0
     assert total(sgd, sgd) > total(sgd)
-    cheap = dataclasses.replace(sgd, delta=1e-6)
-    assert total(cheap, gaussian, relation="replace_one") == pytest.approx(
+    replacing = [dataclasses.replace(one, neighboring_relation="replace_one") for one in (sgd, gaussian)]
+    cheap = dataclasses.replace(replacing[0], delta=1e-6)
+    assert total(cheap, replacing[1], relation="replace_one") == pytest.approx(
         1.0 + accounting.epsilon(4.0, 9e-6)
     )
+    assert "basic composition" in conversion([cheap])  # no accountant follows it
     assert total(gaussian_charge("none", 0.0, 1e-5)) == math.inf
 
 
@@ -200,11 +230,19 @@ def test_ledger_composition_of_every_kind():
         {"steps": 0},
         {"sample_rate": 0.5},
         {"description": 3},
+        {"neighboring_relation": "replace_two"},
+        {"kind": "declared_public"},
     ],
 )
 def test_ledger_entries_are_checked(change):
     with pytest.raises(ValueError):
         dataclasses.replace(gaussian_charge("sum", 4.0, 1e-5), **change)
+
+
+@pytest.mark.parametrize("cost", [{"epsilon": 1.0}, {"delta": 1e-9}, {"noise_multiplier": 2.0}, {"sample_rate": 0.5}])
+def test_what_is_declared_public_hides_no_cost(cost):
+    with pytest.raises(ValueError, match="no cost or noise"):
+        LedgerEntry(**({"kind": "declared_public", "description": "n", "epsilon": 0.0, "delta": 0.0} | cost))
 
 
 # ---- JSON ------------------------------------------------------------
@@ -279,10 +317,33 @@ def test_an_intact_release_has_no_problems(intact):
 def test_intact_releases_of_every_relation(tmp_path, epsilon, relation):
     multiplier = accounting.noise_multiplier(epsilon, 1e-5)
     config = GaussianSum(8, multiplier, 2, clip_norm=1 / 3, neighboring_relation=relation)
-    entry = gaussian_charge("a noisy score", 30.0, 1e-5)
+    entry = gaussian_charge("a noisy score", 30.0, 1e-5, relation)
     fields = {"class_names": ("0", "1"), "num_private": 100, "ledger": (entry,)}
     certificate = gaussian_certificate(config, 1e-5, seeded=epsilon > 1, **fields)
     assert verify(write_release(tmp_path, certificate, config)) == []
+
+
+def test_the_cost_of_sampled_dp_sgd_under_replacement_is_recomputed(tmp_path):
+    epsilon, delta, rate, steps = 2.0, 1e-5, 0.1, 50
+    multiplier = accounting.dp_sgd_noise_multiplier(epsilon / 2, delta / (1 + math.exp(epsilon / 2)), rate, steps)
+    numbers = dict(noise_multiplier=multiplier, noise_std=multiplier * 0.5, clip_norm=0.5, sensitivity=0.5)
+    for stated, honest in ((epsilon, True), (1.5, False), (0.001, False)):
+        charge = LedgerEntry("dp_sgd", "a run", stated, delta, None, multiplier, rate, steps, "replace_one")
+        made = certificates.ledger_certificate(
+            [charge], delta, method="dp_lora", mechanism=certificates.DP_SGD, neighboring_relation="replace_one",
+            rng=certificates.FLOAT_NOISE, num_private=50, **numbers,
+        )  # fmt: skip
+        folder = tmp_path / f"{stated}"
+        folder.mkdir()
+        (folder / "README.md").write_text(made.sentence)
+        certificates.write_certificate(made, folder)
+        assert any("less than its noise costs" in problem for problem in verify(folder)) != honest
+
+
+def test_a_finite_epsilon_needs_noise(release):
+    rewrite(release, rng=certificates.NO_NOISE, mechanism=certificates.NO_PRIVACY, epsilon=0.0)
+    problems = verify(release)
+    assert any("without noise" in problem for problem in problems) and any("not charged" in one for one in problems)
 
 
 def test_a_dp_sgd_release_verifies(tmp_path):

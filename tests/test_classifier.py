@@ -90,6 +90,17 @@ def test_weights_without_a_prior_say_what_makes_one():
         Classifier.of(sums_of([10.0], [[0.1] * K]), 1.0, Network())
 
 
+def test_a_spread_that_cannot_be_inverted_is_refused():
+    sums, flat = sums_of([10.0], [[0.1] * K]), torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    prior = Prior(torch.zeros(K, dtype=torch.float64), torch.eye(K, dtype=torch.float64), flat)
+    with pytest.raises(InputError, match="larger ridge"):
+        Classifier.of(sums, 0.0, Network(), prior, ridge=0.0)
+    assert Classifier.of(sums, 0.0, Network(), prior).classes.tolist() == [0]
+    for ridge in (-1.0, 2.0):
+        with pytest.raises(InputError, match=r"ridge must lie in \[0, 1\]"):
+            Classifier.of(sums, 1.0, Network(), prior, ridge=ridge)
+
+
 def test_it_is_better_than_the_nearest_released_mean():
     """Held-out public glyphs, ten data sets as classes, a dozen images of each at epsilon = 1: on average."""
     network = hypernetwork.load_pretrained("glyphs-nested")[1].using(16)

@@ -93,6 +93,7 @@ def test_release_refuses_bad_images(name, stub_model, refused, tmp_path):
         (["--epsilon", "1e308"], "--epsilon must be a positive number up to a million"),
         (["--epsilon", "1", "--delta", "1e-70"], "strictly between 0 (1e-60) and 1"),
         (["--epsilon", "1e-300", "--delta", "1e-59"], "budget is too small"),
+        (["--epsilon", "1e-10", "--delta", "1e-20"], "noise_multiplier"),
         (["--noise-multiplier", "1e-300"], "--noise-multiplier must be a positive number"),
         (["--noise-multiplier", "1e300"], "--noise-multiplier must be a positive number"),
         (["--epsilon", "1", "--device", "meta"], "device 'meta' is not available"),

@@ -75,14 +75,15 @@ def test_full_batches_share_the_squared_parameter(epsilon, share):
     cdf = stats.norm.cdf
     spent = cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * cdf(-mu / 2 - epsilon / mu)
     assert 0.97e-5 < spent <= 1e-5
-    assert 0.995 * epsilon < ledger.ledger_epsilon(split.charges(chosen), 1e-5, "add_or_remove_one") <= epsilon
+    charges = split.charges(chosen, "add_or_remove_one")
+    assert 0.995 * epsilon < ledger.ledger_epsilon(charges, 1e-5, "add_or_remove_one") <= epsilon
 
 
 def test_poisson_batches_fill_the_budget_and_gain_by_sampling():
     few = sizes(batch=30, steps=4)
     split = split_budget(1.0, 1e-5, "zero_out", 0.5, **few)
     chosen = dp_sgd.privacy_plan(split.sgd_epsilon, split.sgd_delta, "zero_out", **few)
-    assert 0.98 < ledger.ledger_epsilon(split.charges(chosen), 1e-5, "zero_out") <= 1.0
+    assert 0.98 < ledger.ledger_epsilon(split.charges(chosen, "zero_out"), 1e-5, "zero_out") <= 1.0
     unsampled = math.sqrt(2 * 4) * accounting.noise_multiplier(1.0, 1e-5)
     assert chosen.noise_std < 0.5 * unsampled
     assert split.sum_multiplier == pytest.approx(math.sqrt(2) * accounting.noise_multiplier(1.0, 1e-5))
@@ -96,7 +97,7 @@ def test_sampled_replacement_adds_epsilon_and_delta():
 
 def spent_by(split, steps=20):
     chosen = dp_sgd.privacy_plan(split.sgd_epsilon, split.sgd_delta, "add_or_remove_one", **sizes(steps=steps))
-    return ledger.ledger_epsilon(split.charges(chosen), 1e-5, "add_or_remove_one")
+    return ledger.ledger_epsilon(split.charges(chosen, "add_or_remove_one"), 1e-5, "add_or_remove_one")
 
 
 def test_a_mutant_that_spends_the_budget_twice_is_seen_by_the_ledger():

@@ -88,6 +88,11 @@ def test_where_places_matter_every_image_is_a_batch_of_its_own():
     assert not torch.equal(full[0][1:], full[1])  # and this is what would happen
 
 
+def test_columns_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="as many rows"):
+        embedding.in_batches(torch.add, torch.zeros(3), torch.zeros(4), size=2)
+
+
 def test_batch_normalisation_would_be_caught(encoder):
     """The test above can fail: an encoder with batch statistics fails it."""
     torch.manual_seed(0)

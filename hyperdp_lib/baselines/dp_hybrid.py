@@ -86,11 +86,11 @@ class BudgetSplit:
         """Noise over sensitivity of the noisy sum."""
         return accounting.noise_multiplier(self.sum_epsilon, self.sum_delta)
 
-    def charges(self, plan: PrivacyPlan) -> tuple[LedgerEntry, LedgerEntry]:
+    def charges(self, plan: PrivacyPlan, relation: str) -> tuple[LedgerEntry, LedgerEntry]:
         """The two ledger entries."""
-        of_sum = ledger.gaussian_charge("one noisy sum of embeddings", self.sum_multiplier, self.sum_delta)
+        of_sum = ledger.gaussian_charge("one noisy sum of embeddings", self.sum_multiplier, self.sum_delta, relation)
         title = "DP-SGD LoRA from the decoded adapter"
-        return of_sum, dp_training.dp_sgd_charge(plan, title, self.sgd_epsilon, self.sgd_delta)
+        return of_sum, dp_training.dp_sgd_charge(plan, title, self.sgd_epsilon, self.sgd_delta, relation)
 
 
 @functools.cache  # seconds of numerical composition, and the same for every seed
@@ -135,7 +135,7 @@ def split_budget(
     while True:  # one round as a rule: DP-SGD's own calibration may differ from ours in the last digits
         split = BudgetSplit(sum_epsilon, sum_delta, sgd_epsilon, sgd_delta)
         plan = dp_sgd.privacy_plan(sgd_epsilon, sgd_delta, neighboring_relation, **sizes)
-        if ledger.ledger_epsilon(split.charges(plan), delta, neighboring_relation) <= epsilon:
+        if ledger.ledger_epsilon(split.charges(plan, neighboring_relation), delta, neighboring_relation) <= epsilon:
             return split
         sgd_epsilon *= 0.998
 
@@ -324,7 +324,7 @@ def train_dp_hybrid(
     else:
         # of the two generators the weaker one is named
         stated, rng = certificate.DP_SGD, certificate.FLOAT_NOISE if seed is None else certificate.SEEDED_NOISE
-        charges = (dp_training.declared_size(num_private_declared), *split.charges(plan))
+        charges = (dp_training.declared_size(num_private_declared), *split.charges(plan, neighboring_relation))
         sensitivity = plan.sensitivity * config.clip_norm
         fields = dict(
             noise_multiplier=plan.noise_multiplier,

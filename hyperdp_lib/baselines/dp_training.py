@@ -206,7 +206,7 @@ def certify(
     else:
         mechanism = certificate.DP_SGD
         rng = certificate.SEEDED_NOISE if seeded else certificate.FLOAT_NOISE
-        charge = dp_sgd_charge(plan, description, epsilon, delta)
+        charge = dp_sgd_charge(plan, description, epsilon, delta, neighboring_relation)
         declared = (declared_size(num_private_declared),)
         fields = dict(
             noise_multiplier=plan.noise_multiplier,
@@ -230,7 +230,9 @@ def certify(
     )
 
 
-def dp_sgd_charge(plan: PrivacyPlan, description: str, epsilon: float, delta: float) -> LedgerEntry:
+def dp_sgd_charge(
+    plan: PrivacyPlan, description: str, epsilon: float, delta: float, neighboring_relation: str
+) -> LedgerEntry:
     """The ledger's entry for a run of this plan."""
     return LedgerEntry(
         "dp_sgd",
@@ -240,6 +242,7 @@ def dp_sgd_charge(plan: PrivacyPlan, description: str, epsilon: float, delta: fl
         noise_multiplier=plan.noise_multiplier,
         sample_rate=plan.sample_rate,
         steps=plan.num_steps,
+        neighboring_relation=neighboring_relation,
     )
 
 

@@ -385,6 +385,7 @@ def _certify(
             noise_multiplier=sgd.noise_multiplier,
             sample_rate=sgd.sample_rate,
             steps=sgd.num_steps,
+            neighboring_relation=relation,
         )
         declared = (dp_training.declared_size(num_private_declared),)
     return certificate.ledger_certificate(

@@ -283,7 +283,8 @@ def _fitting(bench: Bench, epsilon: float) -> Any:
 def _with_cells(bench: Bench, epsilon: float) -> CellHyperNetwork:
     (network,) = bench.public_models("dp_deepsets_cells")
     labelled = bench.private_train.labels is not None
-    return CellHyperNetwork.fitting(network, *_declared(bench, epsilon), labelled=labelled)
+    classes = len(bench.class_names)
+    return CellHyperNetwork.fitting(network, *_declared(bench, epsilon), labelled=labelled, num_classes=classes)
 
 
 def _declared(bench: Bench, epsilon: float) -> tuple[float, float]:
