@@ -520,8 +520,9 @@ def _check_epsilon(epsilon: float, delta: float) -> None:
     from hyperdp_lib import accounting, mechanism
 
     try:
-        for relation in NEIGHBORING_RELATIONS:  # noise that is too large for exact integers is refused, too
-            mechanism.GaussianSum(1, accounting.noise_multiplier(epsilon, delta), neighboring_relation=relation)
+        multiplier = accounting.noise_multiplier(epsilon, delta)
+        # refuses noise that is too large for exact integers; under no relation is there more of it
+        mechanism.GaussianSum(1, multiplier, neighboring_relation="replace_one")
     except ValueError as error:
         _refuse(f"--epsilon {epsilon:g} with --delta {delta:g}: {error}")
 

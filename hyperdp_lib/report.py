@@ -198,6 +198,13 @@ def sets_table(
     return _side_by_side("method", places, score, against)
 
 
+def seeds_range(scores: pd.DataFrame, pairs: Iterable[str]) -> tuple[int, int]:
+    """Smallest and largest number of seeds in a cell of `sets_table`; (0, 0) if there is none."""
+    shown = scores[scores["pair"].isin(tuple(pairs)) & (scores["num_private"] == FEW)].fillna({"epsilon": math.inf})
+    seeds = shown.groupby(["pair", "method", "epsilon"])["seed"].nunique()
+    return (int(seeds.min()), int(seeds.max())) if len(seeds) else (0, 0)
+
+
 def _side_by_side(head: str, places: Mapping[str, pd.DataFrame], score: str, against: str | None) -> str:
     """A row per method, a column per place."""
     lines = [f"| {' | '.join([head, *places])} |", "|---|" + "---:|" * len(places)]
@@ -264,7 +271,7 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_d
         [
             f"### One unlabelled set of {FEW} images, ε = 1",
             *(
-                f"Public data: {name}; {_seeds(scores, pairs)} seeds.\n\n"
+                f"Public data: {name}; {seeds_range(scores[scores['epsilon'] == 1.0], pairs)[1]} seeds.\n\n"
                 f"{sets_table(scores, pairs, (1.0,), against=ours)}"
                 for name, pairs in groups
             ),
@@ -274,12 +281,6 @@ def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_d
             *(_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)),
         ]
     )
-
-
-def _seeds(scores: pd.DataFrame, pairs: Iterable[str], epsilon: float = 1.0) -> int:
-    """The largest number of seeds in a cell of `sets_table`."""
-    shown = scores[scores["pair"].isin(tuple(pairs)) & (scores["num_private"] == FEW) & (scores["epsilon"] == epsilon)]
-    return int(shown["seed"].nunique())
 
 
 def _few(scores: pd.DataFrame, size: int) -> str:

@@ -140,7 +140,7 @@ def _noise(certificate: Certificate, folder: Path) -> Iterator[str]:
     factor = 2.0 if certificate.neighboring_relation == "replace_one" else 1.0
     # A replaced example under Poisson sampling is charged as one removed and one added, each at sensitivity
     # C.
-    sampled = any(entry.kind != "gaussian" and entry.sample_rate < 1 for entry in certificate.ledger)
+    sampled = any(entry.sample_rate < 1 for entry in certificate.ledger)
     allowed = {factor, 1.0} if certificate.mechanism == DP_SGD and sampled else {factor}
     if not any(_agree(sensitivity, clip_norm * f, 1e-9) for f in allowed):
         yield f"the sensitivity of {certificate.neighboring_relation} must be {factor:g} times the clip norm"

@@ -16,8 +16,8 @@ from .theory.verdicts import crossing
 
 # no private method that makes images: they take no part
 CONTROLS = ("noisy_class_means", "public_only", "lora_non_private", "real")
-# noise at every step, in the space of trained parameters, nothing of the hypernetwork in them
-DP_SGD = ("dp_lora", "dp_ldm", "dp_layer_search")  # on parameters; not in our few dimensions, nor after our sum
+# noise at every step, on trained parameters: not in our few dimensions, nor after our sum
+DP_SGD = ("dp_lora", "dp_ldm", "dp_layer_search")
 BEST_DP_SGD = "the best of DP-SGD LoRA, DP-LDM and layer search"
 
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from hyperdp_lib import accounting
 from hyperdp_lib.data import InputError
+from hyperdp_lib.ledger import RELATIONS
 
 LossFunction = Callable[..., Tensor]
 """``(model, images, *, generator, labels) -> (N,)``: one loss for each image, from that image alone."""
 
-RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 Batch = tuple[Tensor, Tensor | None]
 """Images, and labels where the model reads them."""
