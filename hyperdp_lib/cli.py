@@ -400,7 +400,9 @@ def _train(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import training
 
-    weights = training.train(options.preset, device=options.device, out=options.out, resume=not options.restart)
+    weights = training.train(
+        options.preset, device=options.device, out=options.out, resume=not options.restart, seed=options.seed
+    )
     print(f"wrote {weights}")
 
 
@@ -773,6 +775,7 @@ def _parser() -> Parser:
     add("--preset", required=True, metavar="NAME", help="for example: glyphs")
     add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME")
     add("--restart", action="store_true", help="begin anew rather than resume")
+    add("--seed", type=int, metavar="N", help="of all the training; default: the preset's, 0")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
 
     add = command("audit", _audit, "attack the mechanism and bound its privacy from below (exit code 1 if refuted)")

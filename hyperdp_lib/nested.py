@@ -69,6 +69,7 @@ PROTOTYPES = 64  # of votes
 SHARPNESS = 8.0  # of votes: an image near a prototype gives it about half of its vote
 REDRAW = 0.5  # weight of redrawing the image, beside telling characters apart
 POOL_TASKS = 1536
+TURN = 10_000  # what another seed of the training moves its streams by: apart from those of every other stage
 NOISE_LEVELS = (0.5, 0.3, 0.15, 0.08, 0.04, 0.02, 0.01, 0.003)  # on the mean; where the table has rows
 
 
@@ -319,7 +320,7 @@ def build(
     preset: Preset, source: Any, encoder: Encoder, base_model: nn.Module, out: Path, device: str = "cpu"
 ) -> NestedHyperNetwork:
     """An untrained hypernetwork, on coordinates found from the source's tasks; trains the features if they are not."""
-    nested, _ = _train_encoder(preset, source, encoder, out, device)
+    nested, _ = _train_encoder(preset, source, encoder, out, device, turn=TURN * preset.seed)
     torch.manual_seed(preset.seed + 3)
     return NestedHyperNetwork(nested, base_model, preset.hypernetwork).to(device)
 
@@ -418,7 +419,7 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
 
     preset = smoke_preset() if smoke else PRESETS["glyphs"]
     stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
-    turn = 10_000 * seed  # apart from the seeds of every other stage
+    turn = TURN * seed
     preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)

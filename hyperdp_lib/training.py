@@ -628,17 +628,21 @@ def train(
     out: str | Path | None = None,
     resume: bool = True,
     stages: tuple[str, ...] = STAGES,
+    seed: int | None = None,
 ) -> Path:
     """Train everything of a preset; returns the folder of weights, loadable by ``load_pretrained``.
 
     Stopped, it continues from its checkpoints when run again. ``stages`` runs some stages only (``base`` and
     ``encoder`` do not need each other and may run side by side); the weights are written after ``joint``.
+    ``seed``, of all the training, replaces the preset's; public characters are held out by the data's own.
     """
     name = preset if isinstance(preset, str) else "custom"
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise InputError(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
+    if seed is not None:
+        preset = dataclasses.replace(preset, seed=seed)
     device = _join(device)
     out = Path("runs") / name if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -648,7 +652,7 @@ def train(
         wait_for_all()
     settings = json.dumps(asdict(preset), indent=2)
     if (out / "preset.json").exists() and (out / "preset.json").read_text() != settings:
-        raise InputError(f"{out} holds another preset's training: choose another folder with --out")
+        raise InputError(f"{out} holds the training of another preset or seed: choose another folder with --out")
     (out / "preset.json").write_text(settings)
 
     source = preset.public_data.tasks()
@@ -716,7 +720,7 @@ def write_weights(
     device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
     manifest = {
         "name": name,
-        "command": f"hyperdp train --preset {name}",
+        "command": f"hyperdp train --preset {name}" + (f" --seed {preset.seed}" if preset.seed else ""),
         "public_data": source.describe(),
         "preset": json.loads(json.dumps(asdict(preset))),
         "device": device_name,

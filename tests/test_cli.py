@@ -563,6 +563,8 @@ def test_train_resumes_unless_told_otherwise(monkeypatch, tmp_path):
     assert cli.main(["train", "--preset", "glyphs", "--restart", "--out", str(tmp_path)]) == 0
     assert [preset for preset, _ in asked] == ["glyphs", "glyphs"]
     assert [options["resume"] for _, options in asked] == [True, False] and asked[1][1]["out"] == tmp_path
+    assert cli.main(["train", "--preset", "glyphs", "--seed", "3"]) == 0
+    assert [options["seed"] for _, options in asked] == [None, None, 3]
 
 
 # ---- manners ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder
@@ -48,6 +49,8 @@ def test_running_again_takes_no_step_and_gives_the_same_weights(trained):
 def test_a_folder_of_another_preset_is_refused(trained):
     with pytest.raises(InputError, match="another preset"):
         train("glyphs", out=trained[0])
+    with pytest.raises(InputError, match="another preset or seed"):
+        train("miniature", out=trained[0], seed=1)
     with pytest.raises(InputError, match="no preset 'glyhps'"):
         train("glyhps")
 
@@ -163,6 +166,18 @@ def test_two_processes_take_the_steps_of_one_with_both_their_batches(tmp_path):
     loop.run(loss)
     for alone, together in zip(loop.parameters, first, strict=True):
         assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_another_seed_trains_every_part_anew(tmp_path):
+    preset = dataclasses.replace(PRESETS["miniature"], nested=True)
+    first, second = (train(preset, out=tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    for file in ("base/diffusion_pytorch_model.safetensors", "features.safetensors", "hypernetwork.safetensors"):
+        assert (first / file).read_bytes() != (second / file).read_bytes()
+    ours, other = (load_file(folder / "encoder.safetensors") for folder in (first, second))
+    moved = {key for key in ours if not torch.equal(ours[key], other[key])}
+    for part in ("encoder.", "features.", "projection"):  # the nested features, too
+        assert any(key.startswith(part) for key in moved)
+    assert json.loads((second / "manifest.json").read_text())["command"] == "hyperdp train --preset custom --seed 1"
 
 
 def test_the_miniature_trains_in_bfloat16(tmp_path):
