@@ -94,7 +94,6 @@ def public_models(models):
         "direct_conditioning": (network, ConditionedDenoiser(base, 16).eval()),
         "adapter_mixture": (network, AdapterMixture(base, 16, MixtureShape(num_adapters=2)).eval()),
         "dp_deepsets_nested": (nested_network(base, network),),
-        "dp_deepsets_cells": (nested_network(base, network),),
     }
     shipped = methods.public_models_source(base, network, lambda: torch.zeros(2, 1, 16, 16))
     return lambda method: made[method] if method in made else shipped(method)
@@ -122,6 +121,17 @@ def bench_of(models, private, **changes):
         private[0],
         **{"settings": SETTINGS, **changes},
     )  # fmt: skip
+
+
+def test_what_needs_nested_coordinates_takes_those_of_the_hypernetwork_itself(models):
+    base, network, _ = models
+    nested = nested_network(base, network)
+    found = methods.public_models_source(base, nested, lambda: torch.zeros(2, 1, 16, 16))
+    assert found("dp_deepsets_nested") == (nested,)
+    for name in ("dp_deepsets_nested", "dp_deepsets_cells", "dp_deepsets_draws"):
+        assert METHODS[name].available("drawings") and METHODS[name].available("glyphs")
+        assert not METHODS[name].available("glyphs-conditioned")
+    assert not METHODS["direct_conditioning"].available("drawings")
 
 
 def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_path):

@@ -281,7 +281,7 @@ def _fitting(bench: Bench, epsilon: float) -> Any:
 
 
 def _with_cells(bench: Bench, epsilon: float) -> CellHyperNetwork:
-    (network,) = bench.public_models("dp_deepsets_cells")
+    (network,) = bench.public_models("dp_deepsets_nested")
     labelled = bench.private_train.labels is not None
     classes = len(bench.class_names)
     return CellHyperNetwork.fitting(network, *_declared(bench, epsilon), labelled=labelled, num_classes=classes)
@@ -440,9 +440,8 @@ class Method:
     """A method; ``also`` are budgets it runs at besides (if not ``private``: instead of) those asked for.
 
     ``default`` is its configuration before any tuning, None if it has none. ``weights`` is what stands behind the
-    hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``.
-    ``with_cells``: or else the hypernetwork itself has nested coordinates and cells. ``needs_labels``: it cannot do
-    without.
+    hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``,
+    unless the hypernetwork itself is of that kind. ``needs_labels``: it cannot do without.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -450,12 +449,11 @@ class Method:
     also: tuple[float, ...] = ()
     default: Any = None
     weights: str | None = None
-    with_cells: bool = False
     needs_labels: bool = False
 
     def available(self, hypernetwork: str = "glyphs") -> bool:
         """Whether its public models are there; they are made by ``python -m hyperdp_lib.baselines.<module>``."""
-        if self.with_cells and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
+        if self.weights == "nested" and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
             return True
         return self.weights is None or (WEIGHTS / f"{hypernetwork}-{self.weights}" / "manifest.json").is_file()
 
@@ -474,10 +472,8 @@ METHODS: Mapping[str, Method] = {
         dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested"
     ),
     "dp_deepsets_draws": Method(dp_deepsets_draws, also=(math.inf,), default=DrawsConfig(), weights="nested"),
-    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested", with_cells=True),
-    "dp_deepsets_cells_refined": Method(
-        dp_deepsets_cells_refined, also=(math.inf,), weights="nested", with_cells=True
-    ),
+    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested"),
+    "dp_deepsets_cells_refined": Method(dp_deepsets_cells_refined, also=(math.inf,), weights="nested"),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
     "dp_ldm": Method(
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="latent"
@@ -542,10 +538,8 @@ def public_models_source(
             return hypernetwork, direct_conditioning.load_direct_conditioning(f"{name}-conditioned", device)
         if method == "adapter_mixture":
             return hypernetwork, adapter_mixture.load_adapter_mixture(f"{name}-mixture", base_model, device)
-        if method == "dp_deepsets_cells" and isinstance(hypernetwork, NestedHyperNetwork):
+        if method == "dp_deepsets_nested" and isinstance(hypernetwork, NestedHyperNetwork):
             return (hypernetwork,)
-        if method == "dp_deepsets_cells":
-            return models("dp_deepsets_nested")
         if method == "dp_deepsets_nested":
             return (load_pretrained(f"{name}-nested", device)[1],)
         raise InputError(f"{method!r} has no public models.")
