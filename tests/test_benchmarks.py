@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hyperdp_lib import classifier, comparison, data, diffusion, evaluation
+from hyperdp_lib.baselines import methods
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 
 
@@ -99,3 +100,21 @@ def test_labels_of_a_release_are_measured_end_to_end(released_labels):
     assert read["nearest"] == found["nearest"]["accuracy"] and read[classifier.RIDGE] == found["classifier"]["accuracy"]
     told = released_labels.summary([found, found], "samples")
     assert told["accuracy_sd"] == 0 and told["frechet_distance"] > 0
+
+
+def test_levers_find_no_difference_between_weights_and_themselves(load_benchmark, monkeypatch, tmp_path):
+    levers = load_benchmark("levers")
+    settings = tmp_path / "settings.json"
+    settings.write_text(methods.Settings(num_images=128, sampling_steps=2).to_json())
+    monkeypatch.setattr(comparison, "SETTINGS_FILE", str(settings))
+    monkeypatch.setattr(levers, "WEIGHTS", {"glyphs": ("glyphs", "glyphs-nested")})  # the former reads the latter
+    asked = ("digits/3", 30, (levers.ONCE,), tmp_path, 2)
+    (first,), (second,) = (levers.measure("glyphs", training, *asked) for training in (0, 1))
+    assert second.pop("training") == 1 and first.pop("training") == 0
+    assert len(first["frechet_distance"]) == 2 and "accuracy" not in first
+    for row in (first, second):
+        assert row.pop("seconds") > 0
+    assert first == second
+    made = sorted(tmp_path.rglob("*.json"))
+    assert levers.measure("glyphs", 1, *asked)[0]["frechet_distance"] == first["frechet_distance"]
+    assert sorted(tmp_path.rglob("*.json")) == made  # what is on record is read
