@@ -28,6 +28,7 @@ import torch
 from hyperdp_lib import comparison, evaluation, records
 from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig
+from hyperdp_lib.glyphs import GlyphConfig
 from hyperdp_lib.hypernetwork import features_file
 from hyperdp_lib.training import PRESETS, STAGES, Preset, StageConfig, train
 
@@ -68,8 +69,8 @@ def _hypernetwork(**changes: Any) -> dict[str, Any]:
     return {"hypernetwork": dataclasses.replace(REFERENCE.hypernetwork, **changes)}
 
 
-def _joint(steps: int) -> dict[str, Any]:
-    return {"joint_stage": dataclasses.replace(REFERENCE.joint_stage, steps=steps)}
+def _joint(**changes: Any) -> dict[str, Any]:
+    return {"joint_stage": dataclasses.replace(REFERENCE.joint_stage, **changes)}
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -90,8 +91,10 @@ VARIANTS: Mapping[str, Variant] = {
         "noise", "encoder trained without noise, another training seed", {"encoder_noise": NO_NOISE, "seed": 1}
     ),
     "hypernetwork-noiseless": Variant("noise", "hypernetwork trained without noise", {"mean_noise": NO_NOISE}),
-    "joint400": Variant("schedule", "half the joint steps", _joint(400)),
-    "joint1600": Variant("schedule", "twice the joint steps", _joint(1600)),
+    "joint400": Variant("schedule", "half the joint steps", _joint(steps=400)),
+    "joint1600": Variant("schedule", "twice the joint steps", _joint(steps=1600)),
+    "no-warm-up": Variant("schedule", "no warm-up of the joint stage", _joint(warm_up=0.0)),
+    "single-shapes": Variant("public tasks", "one shape each, none mixed", {"public_data": GlyphConfig(mixed=0.0)}),
 }
 
 
@@ -148,9 +151,9 @@ def _share_stages(preset: Preset, reference: Preset, out: Path, folder: Path) ->
 
     def decided_by(one: Preset) -> dict[str, tuple]:
         return {
-            "features": (one.seed,),
-            "encoder": (one.seed, one.encoder, one.encoder_noise),
-            "base": (one.seed, one.base),
+            "features": (one.seed, one.public_data),
+            "encoder": (one.seed, one.public_data, one.encoder, one.encoder_noise),
+            "base": (one.seed, one.public_data, one.base),
         }
 
     mine = decided_by(preset)

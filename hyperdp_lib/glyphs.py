@@ -63,12 +63,14 @@ class GlyphConfig:
 
     ``lookalikes``: keep the letters that look like digits. ``num_strokes``: how many random pen-stroke shapes.
     ``held_out``: share of the characters kept from training, on which everything is validated and tuned.
+    ``mixed``: share of tasks of several shapes: one character in several fonts, or, three in eight, several characters.
     """
 
     lookalikes: bool = False
     num_strokes: int = 12_000
     held_out: float = 0.06
     seed: int = 20_260_625
+    mixed: float = 0.4
 
     def tasks(self, split: str = "train", *, progress: bool = True) -> GlyphTasks:
         """The source of tasks."""
@@ -325,18 +327,19 @@ class GlyphTasks:
     def _choose_shapes(
         self, num_tasks: int, per_task: int, g: torch.Generator, classes: Tensor | None
     ) -> Tensor:
-        """(T, M) shape of each image: one shape (60%), one character in several fonts, or several characters."""
+        """(T, M) shape of each image: one shape, one character in several fonts, or several characters."""
+        several, characters = 1 - self.config.mixed, 1 - 0.375 * self.config.mixed
         chosen = torch.empty(num_tasks, per_task, dtype=torch.long)
         for t in range(num_tasks):
             kind = torch.rand((), generator=g).item()
-            forms = 1 if kind < 0.6 else int(torch.randint(2, 4, (), generator=g))
+            forms = 1 if kind < several else int(torch.randint(2, 4, (), generator=g))
             first = (
                 int(torch.randint(self.num_classes, (), generator=g)) if classes is None else int(classes[t])
             )
             pool = []
             for j in range(forms):
                 other = (
-                    first if j == 0 or kind < 0.85 else int(torch.randint(self.num_classes, (), generator=g))
+                    first if j == 0 or kind < characters else int(torch.randint(self.num_classes, (), generator=g))
                 )
                 members = self._members[other]
                 pool.append(members[torch.randint(len(members), (), generator=g)])

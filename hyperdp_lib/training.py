@@ -84,6 +84,7 @@ class StageConfig:
     images: int
     learning_rate: float
     ema: float = 0.998
+    warm_up: float = 0.05  # share of the steps, at most 300 of them, until the full learning rate
 
     def rate(self, steps: int, seconds: float) -> float:
         """Images per second of all processes together."""
@@ -314,8 +315,8 @@ class Loop:
         return self.step >= self.config.steps
 
     def learning_rate(self, step: int) -> float:
-        """Share of the full rate: linear warm-up over 5% of the steps (at most 300), then a half cosine to 0."""
-        warm_up = min(300, max(1, self.config.steps // 20))
+        """Share of the full rate: linear warm-up (at most 300 steps), then a half cosine to 0."""
+        warm_up = min(300, max(1, round(self.config.warm_up * self.config.steps)))
         progress = (step - warm_up) / max(1, self.config.steps - warm_up)
         return (step + 1) / warm_up if step < warm_up else 0.5 * (1 + math.cos(math.pi * progress))
 

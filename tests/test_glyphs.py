@@ -51,6 +51,16 @@ def test_splits_share_no_character(tasks):
         GlyphTasks(SMALL, "test", progress=False)
 
 
+@pytest.mark.parametrize("mixed", [0.0, 0.4, 1.0])
+def test_a_declared_share_of_tasks_is_mixed(mixed):
+    """A mixed task has two or three shapes, seldom the same twice. False alarm below 1e-6 (5 s.d. of a share)."""
+    tasks = GlyphTasks(GlyphConfig(num_strokes=20, mixed=mixed), progress=False)
+    shapes = tasks._choose_shapes(2000, 40, torch.Generator().manual_seed(0), None)
+    several = (shapes != shapes[:, :1]).any(1).float().mean().item()
+    slack = 5 * (mixed * (1 - mixed) / 2000) ** 0.5
+    assert 0.75 * mixed - slack <= several <= mixed + slack  # a character may have one shape only
+
+
 def test_images_obey_the_range_contract_and_are_not_blank(tasks):
     images = tasks.sample_tasks(40, 6, torch.Generator().manual_seed(0))
     assert images.shape == (40, 6, 1, 16, 16) and images.dtype == torch.float32

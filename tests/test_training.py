@@ -168,6 +168,14 @@ def test_two_processes_take_the_steps_of_one_with_both_their_batches(tmp_path):
         assert torch.allclose(alone, together, atol=1e-5)
 
 
+@pytest.mark.parametrize(("warm_up", "first", "full"), [(0.05, 0.025, 39), (0.0, 1.0, 0), (0.5, 1 / 300, 299)])
+def test_the_rate_warms_up_over_its_share_of_the_steps(warm_up, first, full, tmp_path):
+    config = StageConfig(800, 1, 1, 0.1, warm_up=warm_up)
+    loop = Loop("toy", [(torch.nn.Linear(1, 2), 1.0)], config, tmp_path)
+    assert loop.learning_rate(0) == pytest.approx(first) and loop.learning_rate(full) == 1.0
+    assert loop.learning_rate(full + 2) < 1.0 and loop.learning_rate(800) == pytest.approx(0.0)
+
+
 def test_another_seed_trains_every_part_anew(tmp_path):
     preset = dataclasses.replace(PRESETS["miniature"], nested=True)
     first, second = (train(preset, out=tmp_path / str(seed), seed=seed) for seed in (0, 1))
