@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +401,78 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
     return f"{where}, where {our_label} has {value(mine, score)}: {'; '.join(parts)}."
 
 
+def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
+    """Levers in two trainings of the same weights as Markdown; the last column judges, see `twice`.
+
+    Parameters
+    ----------
+    rows
+        Of ``benchmarks/levers.py``. The first lever of a set is what its others are compared with; in its own row the
+        second training is compared with the first: what luck of training does.
+    score
+        ``"accuracy"`` or ``"frechet_distance"``; sets without it are left out.
+    """
+    digits = 3 if score == "accuracy" else 1
+    lines = [
+        f"| private set | *n* | decoded | {score_name(score)}, weights that ship | second training | |",
+        "|---|---:|---|---:|---:|---|",
+    ]
+    for (public, private, size), levers in _levers(rows, score).items():
+        start = levers[0][1]
+        for lever, found in levers:
+            if found is start:
+                luck = _judge(found[1], found[0], score)
+                judged = {"better": "the second is better", "worse": "the first is better"}.get(luck, "–")
+            else:
+                judged = twice(start, found, score)
+            told = " | ".join(f"{one.mean():.{digits}f} ± {one.std():.{digits}f}" for one in found)
+            label = METHOD_LABELS[lever].removeprefix("DP-DeepSets, ")
+            lines.append(f"| {private} (public: {public}) | {size:,} | {label} | {told} | {judged} |")
+    return "\n".join(lines)
+
+
+def levers_sentences(rows: Sequence[Mapping[str, Any]], score: str) -> list[str]:
+    """One sentence for each lever: on how many sets it is better in both trainings, in one, and so on."""
+    found: dict[str, list[str]] = {}
+    for (_, start), *others in _levers(rows, score).values():
+        for lever, scores in others:
+            found.setdefault(lever, []).append(twice(start, scores, score))
+    return [
+        f"{METHOD_LABELS[lever]}, {score_name(score)}, on {len(judged)} set{'s' if len(judged) > 1 else ''}: "
+        + ", ".join(f"{judged.count(words)} {words}" for words in sorted(set(judged)))
+        + "."
+        for lever, judged in found.items()
+    ]
+
+
+def twice(starts: Sequence[pd.Series], scores: Sequence[pd.Series], score: str) -> str:
+    """How a lever does against a start, in words, judged in each of two trainings as in `contrast`.
+
+    Examples
+    --------
+    >>> low, high = pd.Series([1.0, 1.1]), pd.Series([3.0, 3.2])
+    >>> twice((high, high), (low, low), "frechet_distance"), twice((high, low), (low, low), "frechet_distance")
+    ('better in both', 'better in one')
+    """
+    judged = [_judge(mine, theirs, score) for theirs, mine in zip(starts, scores, strict=True)]
+    told = [one for one in judged if one in ("better", "worse")]
+    if len(told) == 2:
+        return f"{told[0]} in both" if told[0] == told[1] else "better in one, worse in the other"
+    return f"{told[0]} in one" if told else "no difference"
+
+
+def _levers(
+    rows: Sequence[Mapping[str, Any]], score: str
+) -> dict[tuple[str, str, int], list[tuple[str, list[pd.Series]]]]:
+    """Weights, set and size -> levers, each with its scores in the first and in the second training."""
+    found: dict[tuple[str, str, int], dict[str, list[pd.Series]]] = {}
+    for row in sorted(rows, key=lambda row: row["training"]):
+        if score in row:
+            place = found.setdefault((row["weights"], row["set"], row["num_private"]), {})
+            place.setdefault(row["lever"], []).append(pd.Series(row[score]))
+    return {place: list(levers.items()) for place, levers in found.items()}
+
+
 def score_name(score: str) -> str:
     """A score's name inside a sentence: `downstream accuracy`, `Fréchet distance`."""
     return SCORE_LABELS.get(score, score).split(" (")[0]
@@ -408,8 +480,13 @@ def score_name(score: str) -> str:
 
 def _verdict(mine: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
     """One of `_VERDICTS`; both sides have the score."""
+    return _judge(_known(mine, score), _known(theirs, score), score)
+
+
+def _judge(mine: pd.Series, theirs: pd.Series, score: str) -> str:
+    """One of `_VERDICTS`."""
     sign = -1 if score == "frechet_distance" else 1
-    judged = contrast((sign, _known(mine, score)), (-sign, _known(theirs, score)))
+    judged = contrast((sign, mine), (-sign, theirs))
     if judged is None:
         return "too few seeds to tell"
     if judged == 0:

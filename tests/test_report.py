@@ -212,3 +212,30 @@ def test_the_results_keep_different_numbers_of_private_images_apart(folder: Path
         "| method | ε | downstream accuracy | Fréchet distance |\n|---|---:|---:|---:|\n"
         "| DP-DeepSets | 1 | 0.30 | 90.0 |"
     )
+
+
+def _lever(lever: str, training: int, *distances: float, **more: list[float]) -> dict:
+    place = {"weights": "glyphs", "set": "digits/3", "num_private": 128, "training": training}
+    return {**place, "lever": lever, "frechet_distance": list(distances), **more}
+
+
+def test_levers_are_judged_in_both_trainings() -> None:
+    rows = [
+        _lever("dp_deepsets_nested", 0, 50.0, 51.0), _lever("dp_deepsets_nested_refined", 0, 40.0, 41.0),
+        _lever("dp_deepsets_draws", 0, 60.0, 61.0), _lever("dp_deepsets_cells", 0, 50.0, 51.0),
+        _lever("dp_deepsets_nested", 1, 45.0, 46.0), _lever("dp_deepsets_nested_refined", 1, 40.0, 41.0),
+        _lever("dp_deepsets_draws", 1, 40.0, 41.0), _lever("dp_deepsets_cells", 1, 60.0, 61.0),
+    ]  # fmt: skip
+    table = report.levers_table(rows, "frechet_distance").splitlines()[2:]
+    assert table[0] == "| digits/3 (public: glyphs) | 128 | nested | 50.5 ± 0.7 | 45.5 ± 0.7 | the second is better |"
+    assert [line.split("|")[-2].strip() for line in table[1:]] == [
+        "better in both", "better in one, worse in the other", "worse in one",
+    ]  # fmt: skip
+    assert report.levers_sentences(rows, "frechet_distance")[0] == (
+        "DP-DeepSets, nested and refined, Fréchet distance, on 1 set: 1 better in both."
+    )
+    assert report.levers_table(rows, "accuracy").count("\n") == 1 and not report.levers_sentences(rows, "accuracy")
+    higher = {"accuracy": [0.9, 0.91]}, {"accuracy": [0.8, 0.81]}
+    rows = [_lever(name, turn, 1.0, 1.0, **one) for turn in (0, 1)
+            for name, one in zip(("dp_deepsets_nested", "dp_deepsets_draws"), higher, strict=True)]  # fmt: skip
+    assert "worse in both" in report.levers_table(rows, "accuracy")
