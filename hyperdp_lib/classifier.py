@@ -44,8 +44,9 @@ class Classifier:
     ----------
     encoder
         Public; of one image, without cells.
-    means, covariances : (P, k), (P, k, k)
-        Of the vectors, without the count, that the images of a class have, or of one of its cells; float64.
+    means, roots : (P, k), (P, k, k)
+        Of the vectors, without the count, that the images of a class have, or of one of its cells: mean, and Cholesky
+        factor of the covariance; float64.
     classes : (P,)
         Whose each of them is.
 
@@ -58,7 +59,7 @@ class Classifier:
 
     encoder: Any
     means: Tensor
-    covariances: Tensor
+    roots: Tensor
     classes: Tensor
 
     @classmethod
@@ -91,20 +92,19 @@ class Classifier:
             means, left = posterior.posterior(torch.cat(parts), noise_std, prior, constant)
         k = len(prior.mean)
         even = torch.eye(k, dtype=torch.float64) * prior.within.trace() / k
-        covariances = left + torch.lerp(prior.within, even, ridge)
-        if torch.linalg.cholesky_ex(covariances).info.any():
+        roots, singular = torch.linalg.cholesky_ex(left + torch.lerp(prior.within, even, ridge))
+        if singular.any():
             raise InputError("the prior's images do not spread in all directions; give a larger ridge.")
-        return cls(plain.encoder, means, covariances, classes)
+        return cls(plain.encoder, means, roots, classes)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The class (N,) of each image (N, C, H, W) in [-1, 1]."""
         codes = embedding.embed(self.encoder, images, batch_size=1000).cpu().double()[:, 1:]
-        roots = torch.linalg.cholesky(self.covariances)
         log_likelihood = [
             -torch.linalg.solve_triangular(root, (codes - mean).T, upper=False).square().sum(0) / 2
             - root.diagonal().log().sum()
-            for mean, root in zip(self.means, roots, strict=True)
+            for mean, root in zip(self.means, self.roots, strict=True)
         ]
         return self.classes[torch.stack(log_likelihood, 1).argmax(1)]
 

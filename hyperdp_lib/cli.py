@@ -135,6 +135,8 @@ def _sample(options: argparse.Namespace) -> None:
     base_model.to(options.device)
     # Classes share the images equally, so draw the next multiple and drop the surplus class by class.
     num_classes = len(class_names or ("adapter",))
+    if options.num_images < num_classes:
+        _refuse(f"--num-images must be at least {num_classes}, one for each class, got {options.num_images}")
     each = math.ceil(options.num_images / num_classes)
     drawing: dict[str, Any] = dict(
         generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True

@@ -80,7 +80,7 @@ def test_of_cells_each_counts_as_released_and_stands_for_its_class(own_vectors):
     assert found.classes.tolist() == [0, 0, 1]
     assert torch.allclose(found.means[:, 0], torch.tensor([0.1, -0.2, -0.1], dtype=torch.float64))
     error = prior.within / 20 + torch.eye(K) / 20**2
-    assert torch.allclose(found.covariances[1], error + torch.eye(K) * prior.within.trace() / K)
+    assert torch.allclose(found.roots[1] @ found.roots[1].T, error + torch.eye(K) * prior.within.trace() / K)
     images = torch.tensor([[0.09], [-0.11], [-0.35]]).expand(3, K)
     assert found(images).tolist() == [0, 1, 0]
 

@@ -265,7 +265,7 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     assert scores["frechet_distance"] > 0 and 0 <= scores["accuracy"] <= 1
 
 
-def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused):
+def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused, monkeypatch):
     out = tmp_path / "release"
     command = ["release", "digits", "--epsilon", "4", "--seed", "0", "--num-samples", "0", "--out", str(out)]
     assert cli.main(command) == 0
@@ -276,7 +276,10 @@ def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused
     samples = data.load_images(tmp_path / "told.npz")
     drawn_for = torch.arange(10).repeat_interleave(20)
     assert len(samples) == 200 and 0.5 < float((samples.labels == drawn_for).double().mean()) < 1
-    refused(*command, "--num-images", "5", "--overwrite", expect="draw more (--num-images), or use --labels drawn")
+    refused(*command, "--num-images", "5", "--overwrite", expect="at least 10, one for each class")
+    alike = torch.zeros(10, 1, 16, 16), torch.zeros(10, dtype=torch.long), 0.1
+    monkeypatch.setattr(hyperdp_lib.classifier, "sample_relabelled", lambda *models, **drawing: alike)
+    refused(*command, "--num-images", "10", "--overwrite", expect="draw more (--num-images), or use --labels drawn")
 
 
 def test_release_options_reach_the_certificate(weights, digit_folder, tmp_path, capsys):
