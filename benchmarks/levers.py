@@ -47,7 +47,7 @@ SETS = (
     ("glyphs", "digits/all", 128, (ONCE, LOOP)),
     ("glyphs", "digits/all", 1437, (ONCE, LOOP, CELLS, CELLS_LOOP)),
     ("glyphs", "fashion-mnist/T-shirt", 128, (ONCE, LOOP, NEIGHBOURS, DRAWS)),
-    ("drawings", "mnist", 2048, (ONCE, LOOP, CELLS)),
+    ("drawings", "mnist", 2048, (ONCE, LOOP)),
     ("drawings", "mnist/3", 128, (ONCE, LOOP, NEIGHBOURS, DRAWS)),
     ("drawings", "mnist/all", 128, (ONCE, LOOP)),
     ("drawings", "mnist/all", 512, (ONCE, LOOP, CELLS, CELLS_LOOP)),
@@ -61,10 +61,11 @@ def measure(
     """One row for each lever, of the first training of the weights or the second; what is on record is read."""
     settings = (resolve(name) / comparison.SETTINGS_FILE).read_text(encoding="utf-8")
     scoring = evaluation.FeatureNetwork.from_pretrained(features_file(name))
+    pair = f"{name}-{private.replace('/', '-')}" + ("-no-lookalikes" if name == "glyphs" else "")
     made = comparison.compare(
         private, methods=levers, epsilons=[EPSILON], exact=True, seeds=range(seeds), num_private=size,
         hypernetwork=WEIGHTS[name][training], settings=comparison.Settings.from_json(settings),
-        feature_network=scoring, pair=f"{name}-{private.replace('/', '-')}", out=runs / f"{name}-training{training}",
+        feature_network=scoring, pair=pair, out=runs / f"{name}-training{training}",
         command="python benchmarks/levers.py",
     )  # fmt: skip
     records = [Record.from_json(path.read_text(encoding="utf-8")) for path in made]
