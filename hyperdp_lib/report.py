@@ -464,13 +464,14 @@ def twice(starts: Sequence[pd.Series], scores: Sequence[pd.Series], score: str) 
 def _levers(
     rows: Sequence[Mapping[str, Any]], score: str
 ) -> dict[tuple[str, str, int], list[tuple[str, list[pd.Series]]]]:
-    """Weights, set and size -> levers, each with its scores in the first and in the second training."""
+    """Weights, set and size -> levers, each with its scores in the first and in the second training; none without."""
     found: dict[tuple[str, str, int], dict[str, list[pd.Series]]] = {}
     for row in sorted(rows, key=lambda row: row["training"]):
         if score in row:
             place = found.setdefault((row["weights"], row["set"], row["num_private"]), {})
             place.setdefault(row["lever"], []).append(pd.Series(row[score]))
-    return {place: list(levers.items()) for place, levers in found.items()}
+    twice_trained = {place: levers for place, levers in found.items() if all(len(v) == 2 for v in levers.values())}
+    return {place: list(levers.items()) for place, levers in twice_trained.items()}
 
 
 def score_name(score: str) -> str:
