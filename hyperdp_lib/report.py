@@ -414,12 +414,12 @@ def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
     """
     digits = 3 if score == "accuracy" else 1
     lines = [
-        f"| private set | *n* | decoded | {score_name(score)}, weights that ship | second training | |",
-        "|---|---:|---|---:|---:|---|",
+        f"| private set | *n* | decoded | {score_name(score)}, as shipped | second training | | numbers released |",
+        "|---|---:|---|---:|---:|---|---:|",
     ]
     for (public, private, size), levers in _levers(rows, score).items():
         start = levers[0][1]
-        for lever, found in levers:
+        for lever, found, sizes in levers:
             if found is start:
                 luck = _judge(found[1], found[0], score)
                 judged = {"better": "the second is better", "worse": "the first is better"}.get(luck, "–")
@@ -427,15 +427,16 @@ def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
                 judged = twice(start, found, score)
             told = " | ".join(f"{one.mean():.{digits}f} ± {one.std():.{digits}f}" for one in found)
             label = METHOD_LABELS[lever].removeprefix("DP-DeepSets, ")
-            lines.append(f"| {private} (public: {public}) | {size:,} | {label} | {told} | {judged} |")
+            released = " and ".join(f"{number:,}" for number in dict.fromkeys(sizes))
+            lines.append(f"| {private} (public: {public}) | {size:,} | {label} | {told} | {judged} | {released} |")
     return "\n".join(lines)
 
 
 def levers_sentences(rows: Sequence[Mapping[str, Any]], score: str) -> list[str]:
     """One sentence for each lever: on how many sets it is better in both trainings, in one, and so on."""
     found: dict[str, list[str]] = {}
-    for (_, start), *others in _levers(rows, score).values():
-        for lever, scores in others:
+    for (_, start, _), *others in _levers(rows, score).values():
+        for lever, scores, _ in others:
             found.setdefault(lever, []).append(twice(start, scores, score))
     return [
         f"{METHOD_LABELS[lever]}, {score_name(score)}, on {len(judged)} set{'s' if len(judged) > 1 else ''}: "
@@ -463,15 +464,21 @@ def twice(starts: Sequence[pd.Series], scores: Sequence[pd.Series], score: str) 
 
 def _levers(
     rows: Sequence[Mapping[str, Any]], score: str
-) -> dict[tuple[str, str, int], list[tuple[str, list[pd.Series]]]]:
-    """Weights, set and size -> levers, each with its scores in the first and in the second training; none without."""
-    found: dict[tuple[str, str, int], dict[str, list[pd.Series]]] = {}
+) -> dict[tuple[str, str, int], list[tuple[str, list[pd.Series], list[int]]]]:
+    """Weights, set and size -> levers, each with scores and numbers released in both trainings; none without both."""
+    found: dict[tuple[str, str, int], dict[str, list[Mapping[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: row["training"]):
         if score in row:
             place = found.setdefault((row["weights"], row["set"], row["num_private"]), {})
-            place.setdefault(row["lever"], []).append(pd.Series(row[score]))
-    twice_trained = {place: levers for place, levers in found.items() if all(len(v) == 2 for v in levers.values())}
-    return {place: list(levers.items()) for place, levers in twice_trained.items()}
+            place.setdefault(row["lever"], []).append(row)
+    return {
+        place: [
+            (lever, [pd.Series(row[score]) for row in both], [row["numbers_released"] for row in both])
+            for lever, both in levers.items()
+        ]
+        for place, levers in found.items()
+        if all(len(both) == 2 for both in levers.values())
+    }
 
 
 def score_name(score: str) -> str:

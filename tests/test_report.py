@@ -216,7 +216,8 @@ def test_the_results_keep_different_numbers_of_private_images_apart(folder: Path
 
 def _lever(lever: str, training: int, *distances: float, **more: list[float]) -> dict:
     place = {"weights": "glyphs", "set": "digits/3", "num_private": 128, "training": training}
-    return {**place, "lever": lever, "frechet_distance": list(distances), **more}
+    scores = {"frechet_distance": list(distances), "numbers_released": 17 + 16 * training, **more}
+    return {**place, "lever": lever, **scores}
 
 
 def test_levers_are_judged_in_both_trainings() -> None:
@@ -227,8 +228,10 @@ def test_levers_are_judged_in_both_trainings() -> None:
         _lever("dp_deepsets_draws", 1, 40.0, 41.0), _lever("dp_deepsets_cells", 1, 60.0, 61.0),
     ]  # fmt: skip
     table = report.levers_table(rows, "frechet_distance").splitlines()[2:]
-    assert table[0] == "| digits/3 (public: glyphs) | 128 | nested | 50.5 ± 0.7 | 45.5 ± 0.7 | the second is better |"
-    assert [line.split("|")[-2].strip() for line in table[1:]] == [
+    assert table[0] == (
+        "| digits/3 (public: glyphs) | 128 | nested | 50.5 ± 0.7 | 45.5 ± 0.7 | the second is better | 17 and 33 |"
+    )
+    assert [line.split("|")[-3].strip() for line in table[1:]] == [
         "better in both", "better in one, worse in the other", "worse in one",
     ]  # fmt: skip
     assert report.levers_sentences(rows, "frechet_distance")[0] == (
