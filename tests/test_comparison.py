@@ -128,9 +128,11 @@ def test_what_needs_nested_coordinates_takes_those_of_the_hypernetwork_itself(mo
     nested = nested_network(base, network)
     found = methods.public_models_source(base, nested, lambda: torch.zeros(2, 1, 16, 16))
     assert found("dp_deepsets_nested") == (nested,)
-    for name in ("dp_deepsets_nested", "dp_deepsets_cells", "dp_deepsets_draws"):
+    for name in ("dp_deepsets_neighbours", "dp_deepsets_cells", "dp_deepsets_draws"):
         assert METHODS[name].available("drawings") and METHODS[name].available("glyphs")
         assert not METHODS[name].available("glyphs-conditioned")
+    for name in ("dp_deepsets_nested", "dp_deepsets_nested_refined"):  # of these weights, the plain ones again
+        assert METHODS[name].available("glyphs") and not METHODS[name].available("drawings")
     assert not METHODS["direct_conditioning"].available("drawings")
 
 

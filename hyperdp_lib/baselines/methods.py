@@ -441,7 +441,8 @@ class Method:
 
     ``default`` is its configuration before any tuning, None if it has none. ``weights`` is what stands behind the
     hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``,
-    unless the hypernetwork itself is of that kind. ``needs_labels``: it cannot do without.
+    unless the hypernetwork itself is of that kind; ``plain_only``: then `dp_deepsets`, or it refined, is the same.
+    ``needs_labels``: it cannot do without.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -449,12 +450,16 @@ class Method:
     also: tuple[float, ...] = ()
     default: Any = None
     weights: str | None = None
+    plain_only: bool = False
     needs_labels: bool = False
 
     def available(self, hypernetwork: str = "glyphs") -> bool:
-        """Whether its public models are there; they are made by ``python -m hyperdp_lib.baselines.<module>``."""
+        """Whether its public models are there, and it is something of its own for these weights.
+
+        Models are made by ``python -m hyperdp_lib.baselines.<module>``.
+        """
         if self.weights == "nested" and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
-            return True
+            return not self.plain_only
         return self.weights is None or (WEIGHTS / f"{hypernetwork}-{self.weights}" / "manifest.json").is_file()
 
 
@@ -464,9 +469,9 @@ _LORA_NON_PRIVATE = DPLoraConfig(
 METHODS: Mapping[str, Method] = {
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
     "dp_deepsets_refined": Method(dp_deepsets_refined, also=(math.inf,), default=RefinementConfig()),
-    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested"),
+    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested", plain_only=True),
     "dp_deepsets_nested_refined": Method(
-        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested"
+        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested", plain_only=True
     ),
     "dp_deepsets_neighbours": Method(
         dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested"
