@@ -17,11 +17,11 @@ import pandas as pd
 from .certificate import Certificate
 from .report import METHOD_LABELS, budget, numbers, order, select, value
 
-# methods whose whole private part is the one noisy sum of `controls.noisy_class_sums`; their records name no accountant
-_ONE_SUM = (
+# methods whose whole private part is noisy sums of embeddings, mostly one; their records name no accountant
+_SUMS = (
     "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined",
-    "dp_deepsets_neighbours", "dp_deepsets_draws", "dp_deepsets_cells", "dp_deepsets_cells_refined",
-    "nearest_public", "noisy_class_means",
+    "dp_deepsets_neighbours", "dp_deepsets_draws", "dp_deepsets_looks", "dp_deepsets_looks_refined",
+    "dp_deepsets_cells", "dp_deepsets_cells_refined", "nearest_public", "noisy_class_means",
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def accountant(cell: pd.DataFrame) -> str:
     """By which accounting the records of one method state their epsilon, in a few words."""
     if cell["epsilon"].isin((0.0, math.inf)).all():
         return "none"
-    if set(cell["method"]) <= set(_ONE_SUM):
+    if set(cell["method"]) <= set(_SUMS):
         return "analytic Gaussian"
     found = set()
     for conversion, charges in zip(_column(cell, "settings.accountant"), _column(cell, "settings.ledger"), strict=True):

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, certificate, mechanism, strict_json
+from hyperdp_lib import accounting, certificate, looks, mechanism, strict_json
 from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
 from hyperdp_lib.certificate import Certificate
@@ -59,10 +59,11 @@ def release(
     private_labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     ledger: Sequence[LedgerEntry] = (),
+    declared_size: float | None = None,
     seed: int | None = None,
     batch_size: int = 1024,
 ) -> Release:
-    """Turn private images into one adapter (or one a class) with one noisy sum.
+    """Turn private images into one adapter (or one a class) with one noisy sum, or with two looks.
 
     Parameters
     ----------
@@ -73,6 +74,7 @@ def release(
     neighboring_relation : ``add_or_remove_one`` (the number of images stays secret), ``replace_one``, ``zero_out``.
     private_labels : (N,) in 0..K-1, with ``class_names`` (public) of length K; one adapter a class.
     ledger : what was spent on the same images before, or declared public of them; the certificate's epsilon covers all.
+    declared_size : number of images, about, as declared public: then two looks share the budget, see `hyperdp_lib.looks`.
     seed : None for secret noise from the operating system. A number makes reproducible noise, for books and tests, and
         everything made with it is stamped as not private. ``epsilon=math.inf`` (no noise) needs a seed.
 
@@ -90,31 +92,52 @@ def release(
         raise InputError("give exactly one of epsilon and noise_multiplier")
     _check_images(private_images, hypernetwork)
     names = _check_labels(private_images, private_labels, class_names)
+    encoder = hypernetwork.encoder
+    rows = None if private_labels is None else private_labels.cpu().numpy()
+    sums: dict[str, Any] = dict(
+        dimension=encoder.config.dimension, num_rows=max(1, len(names)), neighboring_relation=neighboring_relation
+    )
+
+    def state(config: mechanism.GaussianSum, spent: Sequence[LedgerEntry], **fields: Any) -> Certificate:
+        return certificate.gaussian_certificate(
+            config,
+            delta,
+            seeded=seed is not None,
+            ledger=spent,
+            epsilon=epsilon,
+            num_private=len(private_images),
+            class_names=names,
+            encoder_sha256=tensors_sha256(encoder.state_dict()),
+            hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
+            base_model_sha256=hypernetwork.base_model_sha256,
+            **fields,
+        )
+
     try:
         if epsilon is not None:
             noise_multiplier = accounting.noise_multiplier(epsilon, delta)
         assert noise_multiplier is not None  # one of the two is given
-        config = mechanism.GaussianSum(
-            dimension=hypernetwork.encoder.config.dimension,
-            noise_multiplier=noise_multiplier,
-            num_rows=max(1, len(names)),
-            neighboring_relation=neighboring_relation,
-        )
-        statement = certificate.gaussian_certificate(
-            config,
-            delta,
-            seeded=seed is not None,
-            ledger=ledger,
-            epsilon=epsilon,
-            num_private=len(private_images),
-            class_names=names,
-            encoder_sha256=tensors_sha256(hypernetwork.encoder.state_dict()),
-            hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
-            base_model_sha256=hypernetwork.base_model_sha256,
-        )
-        rows = None if private_labels is None else private_labels.cpu().numpy()
-        batches = embed_rows(hypernetwork.encoder, private_images, rows, batch_size=batch_size)
-        noisy_sum = mechanism.noisy_sum(batches, config, seed=seed)
+        if declared_size is None:
+            config = mechanism.GaussianSum(noise_multiplier=noise_multiplier, **sums)
+            statement = state(config, ledger)
+            batches = embed_rows(encoder, private_images, rows, batch_size=batch_size)
+            noisy_sum = mechanism.noisy_sum(batches, config, seed=seed)
+        else:
+            multipliers = looks.split(noise_multiplier, epsilon, delta)
+            spent = (*looks.declared(ledger, declared_size), looks.charge(multipliers[0], delta, neighboring_relation))
+            state(mechanism.GaussianSum(noise_multiplier=multipliers[1], **sums), spent)  # refuses before anything is drawn
+            noisy_sum, _, config = looks.look_twice(
+                private_images,
+                rows,
+                hypernetwork,
+                noise_multipliers=multipliers,
+                num_rows=sums["num_rows"],
+                declared_size=declared_size,
+                neighboring_relation=neighboring_relation,
+                seed=seed,
+                batch_size=batch_size,
+            )
+            statement = state(config, spent, description=looks.SECOND)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)

@@ -26,6 +26,8 @@ METHOD_LABELS = {
     "dp_deepsets_nested_refined": "DP-DeepSets, nested and refined",
     "dp_deepsets_neighbours": "DP-DeepSets, nested, public neighbours",
     "dp_deepsets_draws": "DP-DeepSets, nested, posterior draws",
+    "dp_deepsets_looks": "DP-DeepSets, two looks",
+    "dp_deepsets_looks_refined": "DP-DeepSets, two looks and refined",
     "dp_deepsets_cells": "DP-DeepSets, cells",
     "dp_deepsets_cells_refined": "DP-DeepSets, cells and refined",
     "dp_hybrid": "hybrid (sum then DP-SGD)",
@@ -79,8 +81,9 @@ RIVALS = (
 # every other private method that makes images: what the chapter on rivals compares ours with
 OTHER_METHODS = (
     "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_neighbours",
-    "dp_deepsets_draws", "dp_deepsets_cells", "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf",
-    "dp_layer_search", "dp_embedding_sgd", "direct_conditioning", "adapter_mixture",
+    "dp_deepsets_draws", "dp_deepsets_looks", "dp_deepsets_looks_refined", "dp_deepsets_cells",
+    "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
+    "direct_conditioning", "adapter_mixture",
 )  # fmt: skip
 _VERDICTS = (
     "better",

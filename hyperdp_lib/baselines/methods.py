@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, evaluation, refinement, strict_json
+from hyperdp_lib import accounting, diffusion, evaluation, looks, refinement, strict_json
 from hyperdp_lib.baselines import (
     adapter_mixture,
     controls,
@@ -274,6 +274,39 @@ def dp_deepsets_cells_refined(bench: Bench, epsilon: float, seed: int) -> Outcom
     return _ours(bench, epsilon, seed, _with_cells(bench, epsilon), config)
 
 
+def dp_deepsets_looks(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Nested coordinates, measured in two looks."""
+    return _looks(bench, epsilon, seed)
+
+
+def dp_deepsets_looks_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Two looks, decoded in a closed loop."""
+    return _looks(bench, epsilon, seed, bench.settings.config("dp_deepsets_nested_refined", epsilon))
+
+
+def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig | None = None) -> Outcome:
+    (network,) = bench.public_models("dp_deepsets_nested")
+    noise_std, each = _declared(bench, epsilon)
+    network = network.fitting(looks.TYPICAL * noise_std, each)
+    labels = bench.private_train.labels
+
+    def read() -> tuple[np.ndarray, float]:
+        seen = looks.look_twice(
+            bench.private_train.images,
+            None if labels is None else labels.cpu().numpy().astype(np.int64),
+            network,
+            noise_multipliers=accounting.noise_multipliers(epsilon, bench.delta, looks.SHARES),
+            num_rows=len(bench.class_names),
+            declared_size=len(bench.private_train),
+            neighboring_relation=bench.neighboring_relation,
+            seed=seed,
+        )
+        return seen.noisy_sum, seen.second.noise_std
+
+    made = _ours(bench, epsilon, seed, network, refining, read)
+    return dataclasses.replace(made, num_releases=2)
+
+
 def _fitting(bench: Bench, epsilon: float) -> Any:
     """The nested hypernetwork for the declared size of a class and the noise of this budget."""
     (network,) = bench.public_models("dp_deepsets_nested")
@@ -299,12 +332,13 @@ def _ours(
     seed: int,
     hypernetwork: Any,
     refining: RefinementConfig | NeighboursConfig | DrawsConfig | None = None,
+    read: Callable[[], tuple[np.ndarray, float]] | None = None,
 ) -> Outcome:
-    """One noisy sum, decoded once, or in one of the ways of `refinement.decode_again`."""
+    """One noisy sum (or what ``read`` gives), decoded once, or in one of the ways of `refinement.decode_again`."""
     if isinstance(refining, NeighboursConfig | DrawsConfig):
         bench.bank(hypernetwork.encoder)  # public work, not timed
     started = time.perf_counter()
-    noisy_sum, noise_std = bench.noisy_sum(epsilon, seed, hypernetwork.encoder)
+    noisy_sum, noise_std = read() if read else bench.noisy_sum(epsilon, seed, hypernetwork.encoder)
     if refining is None:
         with torch.no_grad():
             sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
@@ -477,6 +511,8 @@ METHODS: Mapping[str, Method] = {
         dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested"
     ),
     "dp_deepsets_draws": Method(dp_deepsets_draws, also=(math.inf,), default=DrawsConfig(), weights="nested"),
+    "dp_deepsets_looks": Method(dp_deepsets_looks, also=(math.inf,), weights="nested"),
+    "dp_deepsets_looks_refined": Method(dp_deepsets_looks_refined, also=(math.inf,), weights="nested"),
     "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested"),
     "dp_deepsets_cells_refined": Method(dp_deepsets_cells_refined, also=(math.inf,), weights="nested"),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
