@@ -115,7 +115,9 @@ class Centring:
             count = np.full((len(codes), 1), self.count_coordinate * self.clip_norm)
             yield np.concatenate([count, offsets], axis=1), rows
 
-    def combine(self, second_look: np.ndarray, second: GaussianSum, declared_per_row: float, labelled: bool) -> np.ndarray:
+    def combine(
+        self, second_look: np.ndarray, second: GaussianSum, *, declared_per_row: float, labelled: bool
+    ) -> np.ndarray:
         """The noisy sum (K, 1 + k) that the second look (K, 1 + k) and the centres stand for, on the second's grid."""
         unit = self.count_coordinate * self.clip_norm
         counts = np.array([
@@ -179,16 +181,17 @@ def look_twice(
     )
     batches = centring.offsets(embed_rows(encoder, private_images, private_rows, batch_size=batch_size))
     second_look = mechanism.noisy_sum(batches, second, seed=seeds[1])
-    return Looks(centring.combine(second_look, second, each, labelled), first, second)
+    noisy_sum = centring.combine(second_look, second, declared_per_row=each, labelled=labelled)
+    return Looks(noisy_sum, first, second)
 
 
-def split(noise_multiplier: float, epsilon: float | None, delta: float) -> tuple[float, float]:
+def split(epsilon: float | None, delta: float, noise_multiplier: float = 0.0) -> tuple[float, float]:
     """Noise multipliers of the two looks, which cost together what one release costs.
 
     With ``epsilon`` they are calibrated to it; else they have the mu of one release with ``noise_multiplier``.
 
-    >>> [round(m, 2) for m in split(4.0, None, 1e-5)], [round(m, 2) for m in split(4.0, 1.0, 1e-5)]
-    ([8.94, 4.47], [8.34, 4.17])
+    >>> [round(m, 2) for m in split(1.0, 1e-5)], [round(m, 2) for m in split(None, 1e-5, 4.0)]
+    ([8.34, 4.17], [8.94, 4.47])
     """
     if epsilon is not None:
         first, second = accounting.noise_multipliers(epsilon, delta, SHARES)

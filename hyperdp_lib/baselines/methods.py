@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, diffusion, evaluation, looks, refinement, strict_json
+from hyperdp_lib import diffusion, evaluation, looks, refinement, strict_json
 from hyperdp_lib.baselines import (
     adapter_mixture,
     controls,
@@ -295,7 +295,7 @@ def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig |
             bench.private_train.images,
             None if labels is None else labels.cpu().numpy().astype(np.int64),
             network,
-            noise_multipliers=accounting.noise_multipliers(epsilon, bench.delta, looks.SHARES),
+            noise_multipliers=looks.split(epsilon, bench.delta),
             num_rows=len(bench.class_names),
             declared_size=len(bench.private_train),
             neighboring_relation=bench.neighboring_relation,
