@@ -28,6 +28,7 @@ The modules, in the order in which to read them:
 `release`           the one composition of all of the above
 `nested`            a release with as many coordinates as declared size and noise support
 `cells`             several means instead of one, as far as declared size and noise support
+`looks`             two sums instead of one: where the images lie, then how they differ from there
 `posterior`         what a noisy sum leaves open: draws of the clean mean
 `neighbours`        a released adapter trained further on the public images nearest to the release
 `refinement`        better decoding of a release, from the release alone
@@ -95,6 +96,7 @@ __all__ = [
     "hypernetwork",
     "image_files",
     "ledger",
+    "looks",
     "lora_geometry",
     "lora_products",
     "mechanism",

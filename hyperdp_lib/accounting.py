@@ -125,26 +125,10 @@ def noise_multiplier(epsilon: float, delta: float) -> float:
     >>> [round(noise_multiplier(epsilon, 1e-5), 2) for epsilon in (0.5, 1, 2, 4, 10, 16)]
     [7.03, 3.73, 1.99, 1.08, 0.5, 0.34]
     """
-    return noise_multipliers(epsilon, delta, (1.0,))[0]
-
-
-def noise_multipliers(epsilon: float, delta: float, shares: Sequence[float]) -> tuple[float, ...]:
-    """The smallest ones that make an adaptive sequence of releases (epsilon, delta)-DP together, rounded up alike.
-
-    Each release spends its share of mu squared; ``shares`` are positive and sum to 1. Arguments and promise as in
-    `noise_multiplier`.
-
-    >>> [round(m, 2) for m in noise_multipliers(1, 1e-5, (0.2, 0.8))]
-    [8.34, 4.17]
-    """
     _check_budget(epsilon, delta)
-    if not (all(share > 0 for share in shares) and math.isclose(math.fsum(shares), 1.0)):
-        raise ValueError("shares must be positive and sum to 1")
-    roots = [math.sqrt(share) for share in shares]
     if math.isinf(epsilon):
-        return (0.0,) * len(roots)
-    whole = _smallest(lambda value: _discrete_delta([value / root for root in roots], epsilon) <= delta)
-    return tuple(whole * (1 + 1e-9) / root for root in roots)
+        return 0.0
+    return _smallest(lambda value: _discrete_delta([value], epsilon) <= delta) * (1 + 1e-9)
 
 
 def dp_sgd_epsilon(

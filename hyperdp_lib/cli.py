@@ -58,10 +58,12 @@ def _release(options: argparse.Namespace) -> None:
     _check_count("--num-samples", options.num_samples, least=0)
     if options.declared_size is not None:
         _check_count("--declared-size", options.declared_size)
+    elif options.looks == 2:
+        _refuse("two looks share the budget by the number of images; give --declared-size, if that may be public")
     _check_output(options.out, options.overwrite, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
-    from hyperdp_lib import cells, data, hypernetwork, release
+    from hyperdp_lib import cells, data, hypernetwork, looks, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
     from hyperdp_lib.ledger import LedgerEntry
 
@@ -83,7 +85,10 @@ def _release(options: argparse.Namespace) -> None:
     if options.declared_size is not None:
         count, labelled = len(private.class_names or ("one",)), private.labels is not None
         per_class = options.declared_size / count
-        network, text = cells.fit(network, _noise_std(options), per_class, labelled=labelled, num_classes=count)
+        if options.looks == 2:
+            network, text = looks.fit(network, _noise_std(options), per_class)
+        else:
+            network, text = cells.fit(network, _noise_std(options), per_class, labelled=labelled, num_classes=count)
         declared = f"number of images, about {options.declared_size}: {text}"
         ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
         _tell(f"declared public: {declared}")
@@ -97,6 +102,7 @@ def _release(options: argparse.Namespace) -> None:
         private_labels=private.labels,
         class_names=private.class_names,
         ledger=ledger,
+        declared_size=options.declared_size if options.looks == 2 else None,
         seed=options.seed,
     )
     release.save_release(
@@ -681,6 +687,14 @@ def _parser() -> Parser:
         type=int,
         metavar="N",
         help="number of images, about, that may be public: glyphs-nested sums as many coordinates as it supports",
+    )
+    add(
+        "--looks",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: a share of the budget says where the images lie, the rest how they differ from there; best with some "
+        "50 to 500 of one kind; needs --declared-size; default: 1",
     )
     add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")

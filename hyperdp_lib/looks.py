@@ -169,8 +169,7 @@ def look_twice(
     whole = GaussianSum(noise_multiplier=noise_multipliers[0] * math.sqrt(SHARES[0]), **shared).noise_std
     own = num_rows == 1 or each >= OWN_CENTRE * whole
     first = GaussianSum(noise_multiplier=noise_multipliers[0], num_rows=num_rows if own else 1, **shared)
-    # with a seed the second look's noise is not the first's over again
-    seeds = (seed, None if seed is None else seed + 2**32)
+    seeds = _seeds(seed)
     batches = embed_rows(encoder, private_images, private_rows if own else None, batch_size=batch_size)
     first_look = mechanism.noisy_sum(batches, first, seed=seeds[0])
     centring = Centring.of(
@@ -185,6 +184,17 @@ def look_twice(
     return Looks(noisy_sum, first, second)
 
 
+def _seeds(seed: int | None) -> tuple[int | None, int | None]:
+    """Of the two looks: with one seed for both the second's noise would be the first's over again."""
+    return seed, None if seed is None else seed + 2**32
+
+
+def fit(network: Any, noise_std: float, declared_per_class: float) -> tuple[Any, str]:
+    """The network for a declared size and the noise of one look, and a description of the sums for the ledger."""
+    network = network.fitting(TYPICAL * noise_std, declared_per_class)
+    return network, f"each of two sums has a count and {network.encoder.config.dimension - 1} coordinates"
+
+
 def split(epsilon: float | None, delta: float, noise_multiplier: float = 0.0) -> tuple[float, float]:
     """Noise multipliers of the two looks, which cost together what one release costs.
 
@@ -193,10 +203,8 @@ def split(epsilon: float | None, delta: float, noise_multiplier: float = 0.0) ->
     >>> [round(m, 2) for m in split(1.0, 1e-5)], [round(m, 2) for m in split(None, 1e-5, 4.0)]
     ([8.34, 4.17], [8.94, 4.47])
     """
-    if epsilon is not None:
-        first, second = accounting.noise_multipliers(epsilon, delta, SHARES)
-    else:
-        first, second = (noise_multiplier / math.sqrt(share) for share in SHARES)
+    whole = noise_multiplier if epsilon is None else accounting.noise_multiplier(epsilon, delta)
+    first, second = (whole / math.sqrt(share) for share in SHARES)
     return first, second
 
 

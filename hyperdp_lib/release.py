@@ -74,7 +74,7 @@ def release(
     neighboring_relation : ``add_or_remove_one`` (the number of images stays secret), ``replace_one``, ``zero_out``.
     private_labels : (N,) in 0..K-1, with ``class_names`` (public) of length K; one adapter a class.
     ledger : what was spent on the same images before, or declared public of them; the certificate's epsilon covers all.
-    declared_size : number of images, about, as declared public. If given, two looks share the budget: `hyperdp_lib.looks`.
+    declared_size : number of images, about, as declared public. If given, two looks share the budget, see `looks`.
     seed : None for secret noise from the operating system. A number makes reproducible noise, for books and tests, and
         everything made with it is stamped as not private. ``epsilon=math.inf`` (no noise) needs a seed.
 

@@ -17,6 +17,7 @@ PACKAGE = Path(hyperdp_lib.__file__).parent
 MAY_HOLD_PRIVATE_DATA = {
     "mechanism": "the one place where private data becomes public",
     "release": "passes private images to the embedding and its sums to the mechanism",
+    "looks": "hands private images to the embedding and its offsets to the mechanism, twice",
     "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
     "data": "reads private images from files, and changes nothing else",
     "image_files": "decodes those files for `data`",
@@ -40,7 +41,7 @@ NEVER_PRIVATE = (
     "lora_geometry", "lora_products", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
-BOUNDARY = ("mechanism", "release", "baselines", "private_scores")
+BOUNDARY = ("mechanism", "release", "looks", "baselines", "private_scores")
 BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", "num_private", "rows"}
 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
@@ -59,7 +60,7 @@ ALLOWED_IMPORTS = {
 }
 # Only these may call the mechanism; only it may draw noise from OpenDP.
 # theory: on synthetic tasks
-MAY_CALL_NOISY_SUM = {"mechanism", "release", "baselines", "auditing", "private_scores", "theory"}
+MAY_CALL_NOISY_SUM = {"mechanism", "release", "looks", "baselines", "auditing", "private_scores", "theory"}
 CODE_EXECUTION = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 

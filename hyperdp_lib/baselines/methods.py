@@ -286,8 +286,7 @@ def dp_deepsets_looks_refined(bench: Bench, epsilon: float, seed: int) -> Outcom
 
 def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig | None = None) -> Outcome:
     (network,) = bench.public_models("dp_deepsets_nested")
-    noise_std, each = _declared(bench, epsilon)
-    network = network.fitting(looks.TYPICAL * noise_std, each)
+    network, _ = looks.fit(network, *_declared(bench, epsilon))
     labels = bench.private_train.labels
 
     def read() -> tuple[np.ndarray, float]:
