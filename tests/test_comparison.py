@@ -27,7 +27,7 @@ from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
-from hyperdp_lib.posterior import DrawsConfig
+from hyperdp_lib.posterior import DrawsConfig, Prior
 from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
@@ -81,6 +81,8 @@ def nested_network(base, network):
     made = NestedHyperNetwork(encoder, base, network.config).eval().requires_grad_(False)
     made.table = {0.1: {8: 2.0, 16: 1.0, 32: 3.0, 64: 4.0}}
     made.centroids = {f"16x{count}": torch.randn(count, 16) for count in NUMBERS[1:]}
+    prior = Prior.fit(made.using(16).encoder, Tasks().sample_tasks(70, 2, torch.Generator().manual_seed(6)))
+    made.priors = {f"16.{part}": value for part, value in vars(prior).items()}
     return made
 
 
@@ -128,7 +130,7 @@ def test_what_needs_nested_coordinates_takes_those_of_the_hypernetwork_itself(mo
     nested = nested_network(base, network)
     found = methods.public_models_source(base, nested, lambda: torch.zeros(2, 1, 16, 16))
     assert found("dp_deepsets_nested") == (nested,)
-    for name in ("dp_deepsets_neighbours", "dp_deepsets_cells", "dp_deepsets_draws"):
+    for name in ("dp_deepsets_neighbours", "dp_deepsets_cells", "dp_deepsets_draws", "dp_deepsets_looks"):
         assert METHODS[name].available("drawings") and METHODS[name].available("glyphs")
         assert not METHODS[name].available("glyphs-conditioned")
     for name in ("dp_deepsets_nested", "dp_deepsets_nested_refined"):  # of these weights, the plain ones again
