@@ -39,14 +39,37 @@ from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
 from hyperdp_lib.mechanism import Batch, GaussianSum
 from hyperdp_lib.posterior import Prior
 
-SHARES = (0.2, 0.8)  # of mu squared: the first look's and the second's
-OWN_CENTRE = 12.0  # images of a class, over the noise on a sum, from which on it has a centre of its own
-REACH = 0.8  # greatest length of an offset, over the root mean square: what is cut off is less than the noise it saves
 CLOSEST = 0.2  # least root mean square of offsets that is believed
 TRUST = {True: 0.5, False: 0.1}  # relative error of a declared size: shared equally by labelled classes, or of one set
 TYPICAL = 0.6  # of the noise of one look: about what is left on the mean, by which coordinates are chosen
 FIRST = "a first look: one noisy sum of embeddings, which says where the second is centred"
 SECOND = "a second look: one noisy sum of the embeddings' offsets from there"
+
+
+@dataclass(frozen=True)
+class LooksConfig:
+    """Public choices of two looks.
+
+    Parameters
+    ----------
+    share : float
+        Of mu squared, for the first look; in (0, 1).
+    reach : float
+        Greatest length of an offset, over the root mean square. What is cut off at 0.8 is less than the noise it saves.
+    own_centre : float
+        Images of a labelled class, over the noise on a sum of one look, from which on it has a centre of its own.
+    """
+
+    share: float = 0.2
+    reach: float = 0.8
+    own_centre: float = 12.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share < 1 and self.reach > 0 and self.own_centre >= 0):
+            raise InputError("two looks need a share in (0, 1), a positive reach, and an own_centre of at least 0.")
+
+
+DEFAULT = LooksConfig()
 
 
 class Looks(NamedTuple):
@@ -86,6 +109,7 @@ class Centring:
         num_rows: int,
         declared_per_row: float,
         labelled: bool,
+        reach: float = DEFAULT.reach,
     ) -> Centring:
         """Of a first look (1, 1 + k) or (num_rows, 1 + k) with this noise on each number."""
         sums = torch.as_tensor(first_look).double().clone()
@@ -97,7 +121,7 @@ class Centring:
         centres, _ = posterior.posterior(sums, noise_std, prior, count_coordinate)
         square = 1 - count_coordinate**2 - centres.square().sum(1)
         spread = math.sqrt(float(square.clamp_min(CLOSEST**2).mean()))
-        return cls(centres.expand(num_rows, -1).numpy(), REACH * spread, count_coordinate)
+        return cls(centres.expand(num_rows, -1).numpy(), reach * spread, count_coordinate)
 
     @property
     def clip_norm(self) -> float:
@@ -140,6 +164,7 @@ def look_twice(
     neighboring_relation: str = "add_or_remove_one",
     seed: int | None = None,
     batch_size: int = 1024,
+    config: LooksConfig = DEFAULT,
 ) -> Looks:
     """Both looks at private images.
 
@@ -148,10 +173,11 @@ def look_twice(
     private_images : (N, C, H, W) float in [-1, 1].
     private_rows : (N,) whole numbers below ``num_rows``, or None without labels.
     hypernetwork : public, with a prior; its encoder is used.
-    noise_multipliers : of the two looks, see `accounting.noise_multipliers`.
+    noise_multipliers : of the two looks, see `split`.
     num_rows : K classes, 1 without labels.
     declared_size : number of images in all, about: public.
     neighboring_relation, seed, batch_size : as in `release.release`.
+    config : how long offsets may be, and which classes have a centre of their own.
 
     Raises
     ------
@@ -166,15 +192,16 @@ def look_twice(
     prior, constant = Prior.shipped(hypernetwork), encoder.config.count_coordinate
     each = declared_size / num_rows
     shared: dict[str, Any] = dict(dimension=encoder.config.dimension, neighboring_relation=neighboring_relation)
-    whole = GaussianSum(noise_multiplier=noise_multipliers[0] * math.sqrt(SHARES[0]), **shared).noise_std
-    own = num_rows == 1 or each >= OWN_CENTRE * whole
+    of_one = 0.0 if 0 in noise_multipliers else 1 / accounting.mu(noise_multipliers)
+    own = num_rows == 1 or each >= config.own_centre * GaussianSum(noise_multiplier=of_one, **shared).noise_std
     first = GaussianSum(noise_multiplier=noise_multipliers[0], num_rows=num_rows if own else 1, **shared)
     seeds = _seeds(seed)
     batches = embed_rows(encoder, private_images, private_rows if own else None, batch_size=batch_size)
     first_look = mechanism.noisy_sum(batches, first, seed=seeds[0])
     centring = Centring.of(
-        first_look, first.noise_std, prior, constant, num_rows=num_rows, declared_per_row=each, labelled=labelled
-    )
+        first_look, first.noise_std, prior, constant,
+        num_rows=num_rows, declared_per_row=each, labelled=labelled, reach=config.reach,
+    )  # fmt: skip
     second = GaussianSum(
         noise_multiplier=noise_multipliers[1], num_rows=num_rows, clip_norm=centring.clip_norm, **shared
     )
@@ -195,7 +222,9 @@ def fit(network: Any, noise_std: float, declared_per_class: float) -> tuple[Any,
     return network, f"each of two sums has a count and {network.encoder.config.dimension - 1} coordinates"
 
 
-def split(epsilon: float | None, delta: float, noise_multiplier: float = 0.0) -> tuple[float, float]:
+def split(
+    epsilon: float | None, delta: float, noise_multiplier: float = 0.0, share: float = DEFAULT.share
+) -> tuple[float, float]:
     """Noise multipliers of the two looks, which cost together what one release costs.
 
     With ``epsilon`` they are calibrated to it; else they have the mu of one release with ``noise_multiplier``.
@@ -204,8 +233,7 @@ def split(epsilon: float | None, delta: float, noise_multiplier: float = 0.0) ->
     ([8.34, 4.17], [8.94, 4.47])
     """
     whole = noise_multiplier if epsilon is None else accounting.noise_multiplier(epsilon, delta)
-    first, second = (whole / math.sqrt(share) for share in SHARES)
-    return first, second
+    return whole / math.sqrt(share), whole / math.sqrt(1 - share)
 
 
 def charge(noise_multiplier: float, delta: float, neighboring_relation: str) -> LedgerEntry:

@@ -19,7 +19,7 @@ from hyperdp_lib.certificate import verify
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
-from hyperdp_lib.looks import SHARES, Centring, look_twice, pooled_count, split
+from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count, split
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
 from hyperdp_lib.posterior import Prior
 from hyperdp_lib.release import load_release, release, save_release
@@ -124,7 +124,7 @@ def test_both_looks_cost_what_was_asked_and_no_less_noise_than_an_independent_ac
     for multiplier in (first, second):
         accountant.compose(dp_accounting.GaussianDpEvent(multiplier))
     assert accountant.get_epsilon(delta) == pytest.approx(epsilon, rel=2e-3)
-    assert (first / second) ** 2 == pytest.approx(SHARES[1] / SHARES[0])
+    assert (first / second) ** 2 == pytest.approx(4.0)  # a fifth of mu squared is the first look's
 
 
 def test_with_a_noise_multiplier_both_looks_have_its_mu():
@@ -178,16 +178,12 @@ def test_the_noise_on_the_mean_is_the_second_looks_no_less_and_no_more(network, 
     first, second = 2.0, 1.0
     clean = embed(network.encoder, images)[:, 1:].double().mean(0).numpy()
     errors = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(looks, "REACH", 4.0)
-        for _ in range(400):
-            seen = look_twice(
-                images, None, network, noise_multipliers=(first, second), num_rows=1, declared_size=300
-            )
-            count = seen.noisy_sum[0, 0] / COUNT
-            centred = (seen.noisy_sum[0, 1:] / count - clean) * count / seen.second.noise_std
-            errors.append(centred)
-            assert seen.second.noise_std == second * seen.second.clip_norm
+    keywords = dict(noise_multipliers=(first, second), num_rows=1, declared_size=300, config=LooksConfig(reach=4.0))
+    for _ in range(400):
+        seen = look_twice(images, None, network, **keywords)
+        count = seen.noisy_sum[0, 0] / COUNT
+        errors.append((seen.noisy_sum[0, 1:] / count - clean) * count / seen.second.noise_std)
+        assert seen.second.noise_std == second * seen.second.clip_norm
     errors = np.array(errors)
     # what a wrong count leaves, (n / count - 1) (mean - centre), is small beside the noise: a tenth or so
     total = float(np.square(errors).sum())
@@ -216,11 +212,11 @@ def test_secret_noise_is_fresh(network, images):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, images, labelled, monkeypatch):
-    monkeypatch.setattr(looks, "REACH", 4.0)
+def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, images, labelled):
     rows = np.arange(300) % 3 if labelled else None
     classes = 3 if labelled else 1
-    seen = look_twice(images, rows, network, noise_multipliers=(0.0, 0.0), num_rows=classes, declared_size=77, seed=0)
+    keywords = dict(noise_multipliers=(0.0, 0.0), num_rows=classes, declared_size=77, config=LooksConfig(reach=4.0))
+    seen = look_twice(images, rows, network, **keywords, seed=0)
     labels = None if rows is None else torch.from_numpy(rows)
     plain, _ = controls.noisy_class_sums(images, labels, network.encoder, epsilon=math.inf, num_classes=classes, seed=0)
     assert np.allclose(seen.noisy_sum, plain, atol=2e-3)
@@ -264,6 +260,12 @@ def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
 
 
 # ---- refusals and the command line -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"share": 0.0}, {"share": 1.0}, {"reach": 0.0}, {"own_centre": -1.0}])
+def test_a_configuration_out_of_range_is_refused(wrong):
+    with pytest.raises(InputError, match="two looks need"):
+        LooksConfig(**wrong)
 
 
 def test_what_cannot_be_done_in_two_looks_is_refused(network, images):
