@@ -23,6 +23,7 @@ How the budget is shared and how long offsets may be was chosen on public drawin
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperdp_lib import accounting, mechanism, posterior
+from hyperdp_lib import mechanism, posterior
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
@@ -52,8 +53,9 @@ class LooksConfig:
 
     Parameters
     ----------
-    share : float
-        Of mu squared, for the first look; in (0, 1).
+    share, share_together : float
+        Of mu squared, for the first look: where each row has a centre of its own, and where labelled classes have one
+        together, which needs less; in (0, 1).
     reach : float
         Greatest length of an offset, over the root mean square. What is cut off at 0.8 is less than the noise it saves.
     own_centre : float
@@ -61,12 +63,13 @@ class LooksConfig:
     """
 
     share: float = 0.2
+    share_together: float = 0.1
     reach: float = 0.8
     own_centre: float = 12.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.share < 1 and self.reach > 0 and self.own_centre >= 0):
-            raise InputError("two looks need a share in (0, 1), a positive reach, and an own_centre of at least 0.")
+        if not (0 < self.share < 1 and 0 < self.share_together < 1 and self.reach > 0 and self.own_centre >= 0):
+            raise InputError("two looks need shares in (0, 1), a positive reach, and an own_centre of at least 0.")
 
 
 DEFAULT = LooksConfig()
@@ -158,7 +161,7 @@ def look_twice(
     private_rows: np.ndarray | None,
     hypernetwork: Any,
     *,
-    noise_multipliers: tuple[float, float],
+    noise_multiplier: float,
     num_rows: int,
     declared_size: float,
     neighboring_relation: str = "add_or_remove_one",
@@ -173,11 +176,11 @@ def look_twice(
     private_images : (N, C, H, W) float in [-1, 1].
     private_rows : (N,) whole numbers below ``num_rows``, or None without labels.
     hypernetwork : public, with a prior; its encoder is used.
-    noise_multipliers : of the two looks, see `split`.
+    noise_multiplier : of one look that costs as much as both together; each look has a share of its mu squared.
     num_rows : K classes, 1 without labels.
     declared_size : number of images in all, about: public.
     neighboring_relation, seed, batch_size : as in `release.release`.
-    config : how long offsets may be, and which classes have a centre of their own.
+    config : how the budget is shared, how long offsets may be, and which classes have a centre of their own.
 
     Raises
     ------
@@ -192,9 +195,12 @@ def look_twice(
     prior, constant = Prior.shipped(hypernetwork), encoder.config.count_coordinate
     each = declared_size / num_rows
     shared: dict[str, Any] = dict(dimension=encoder.config.dimension, neighboring_relation=neighboring_relation)
-    of_one = 0.0 if 0 in noise_multipliers else 1 / accounting.mu(noise_multipliers)
-    own = num_rows == 1 or each >= config.own_centre * GaussianSum(noise_multiplier=of_one, **shared).noise_std
-    first = GaussianSum(noise_multiplier=noise_multipliers[0], num_rows=num_rows if own else 1, **shared)
+    whole = GaussianSum(noise_multiplier=noise_multiplier, **shared)
+    own = num_rows == 1 or each >= config.own_centre * whole.noise_std
+    share = config.share if own else config.share_together
+    first = dataclasses.replace(
+        whole, noise_multiplier=noise_multiplier / math.sqrt(share), num_rows=num_rows if own else 1
+    )
     seeds = _seeds(seed)
     batches = embed_rows(encoder, private_images, private_rows if own else None, batch_size=batch_size)
     first_look = mechanism.noisy_sum(batches, first, seed=seeds[0])
@@ -202,8 +208,11 @@ def look_twice(
         first_look, first.noise_std, prior, constant,
         num_rows=num_rows, declared_per_row=each, labelled=labelled, reach=config.reach,
     )  # fmt: skip
-    second = GaussianSum(
-        noise_multiplier=noise_multipliers[1], num_rows=num_rows, clip_norm=centring.clip_norm, **shared
+    second = dataclasses.replace(
+        whole,
+        noise_multiplier=noise_multiplier / math.sqrt(1 - share),
+        num_rows=num_rows,
+        clip_norm=centring.clip_norm,
     )
     batches = centring.offsets(embed_rows(encoder, private_images, private_rows, batch_size=batch_size))
     second_look = mechanism.noisy_sum(batches, second, seed=seeds[1])
@@ -222,23 +231,9 @@ def fit(network: Any, noise_std: float, declared_per_class: float) -> tuple[Any,
     return network, f"each of two sums has a count and {network.encoder.config.dimension - 1} coordinates"
 
 
-def split(
-    epsilon: float | None, delta: float, noise_multiplier: float = 0.0, share: float = DEFAULT.share
-) -> tuple[float, float]:
-    """Noise multipliers of the two looks, which cost together what one release costs.
-
-    With ``epsilon`` they are calibrated to it; else they have the mu of one release with ``noise_multiplier``.
-
-    >>> [round(m, 2) for m in split(1.0, 1e-5)], [round(m, 2) for m in split(None, 1e-5, 4.0)]
-    ([8.34, 4.17], [8.94, 4.47])
-    """
-    whole = noise_multiplier if epsilon is None else accounting.noise_multiplier(epsilon, delta)
-    return whole / math.sqrt(share), whole / math.sqrt(1 - share)
-
-
-def charge(noise_multiplier: float, delta: float, neighboring_relation: str) -> LedgerEntry:
+def charge(first: GaussianSum, delta: float) -> LedgerEntry:
     """What the first look costs."""
-    return gaussian_charge(FIRST, noise_multiplier, delta, neighboring_relation)
+    return gaussian_charge(FIRST, first.noise_multiplier, delta, first.neighboring_relation)
 
 
 def declared(ledger: Sequence[LedgerEntry], size: float) -> tuple[LedgerEntry, ...]:

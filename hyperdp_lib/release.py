@@ -123,22 +123,20 @@ def release(
             batches = embed_rows(encoder, private_images, rows, batch_size=batch_size)
             noisy_sum = mechanism.noisy_sum(batches, config, seed=seed)
         else:
-            multipliers = looks.split(epsilon, delta, noise_multiplier)
-            spent = (*looks.declared(ledger, declared_size), looks.charge(multipliers[0], delta, neighboring_relation))
-            # what is wrong is refused before anything is drawn
-            state(mechanism.GaussianSum(noise_multiplier=multipliers[1], **sums), spent)
-            noisy_sum, _, config = looks.look_twice(
+            spent = looks.declared(ledger, declared_size)
+            state(mechanism.GaussianSum(noise_multiplier=noise_multiplier, **sums), spent)  # refuses before it is read
+            noisy_sum, first, config = looks.look_twice(
                 private_images,
                 rows,
                 hypernetwork,
-                noise_multipliers=multipliers,
+                noise_multiplier=noise_multiplier,
                 num_rows=sums["num_rows"],
                 declared_size=declared_size,
                 neighboring_relation=neighboring_relation,
                 seed=seed,
                 batch_size=batch_size,
             )
-            statement = state(config, spent, description=looks.SECOND)
+            statement = state(config, (*spent, looks.charge(first, delta)), description=looks.SECOND)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error)) from error
     return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)

@@ -19,7 +19,7 @@ from hyperdp_lib.certificate import verify
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
-from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count, split
+from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
 from hyperdp_lib.posterior import Prior
 from hyperdp_lib.release import load_release, release, save_release
@@ -115,8 +115,12 @@ def test_a_broken_embedding_adds_nothing():
 
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("delta", [1e-5, 1e-8])
-def test_both_looks_cost_what_was_asked_and_no_less_noise_than_an_independent_accountant_wants(epsilon, delta):
-    first, second = split(epsilon, delta)
+@pytest.mark.parametrize("rows", [None, np.arange(300) % 30])
+def test_both_looks_cost_what_one_would_by_an_independent_accountant(network, images, epsilon, delta, rows):
+    whole = accounting.noise_multiplier(epsilon, delta)
+    classes = 1 if rows is None else 30
+    seen = look_twice(images, rows, network, noise_multiplier=whole, num_rows=classes, declared_size=300, seed=0)
+    first, second = seen.first.noise_multiplier, seen.second.noise_multiplier
     assert epsilon * (1 - 1e-6) < accounting.epsilon((first, second), delta) <= epsilon
     theirs = dp_accounting.get_epsilon_gaussian((first**-2 + second**-2) ** -0.5, delta)
     assert theirs == pytest.approx(epsilon, rel=1e-4) and theirs <= epsilon * (1 + 1e-9)
@@ -124,12 +128,8 @@ def test_both_looks_cost_what_was_asked_and_no_less_noise_than_an_independent_ac
     for multiplier in (first, second):
         accountant.compose(dp_accounting.GaussianDpEvent(multiplier))
     assert accountant.get_epsilon(delta) == pytest.approx(epsilon, rel=2e-3)
-    assert (first / second) ** 2 == pytest.approx(4.0)  # a fifth of mu squared is the first look's
-
-
-def test_with_a_noise_multiplier_both_looks_have_its_mu():
-    assert accounting.mu(split(None, 1e-5, 3.0)) == pytest.approx(1 / 3.0)
-    assert split(math.inf, 1e-5) == (0.0, 0.0)
+    own = seen.first.num_rows == classes
+    assert (first / second) ** 2 == pytest.approx(4.0 if own else 9.0)  # a fifth, or a tenth, of mu squared
 
 
 @pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
@@ -175,15 +175,14 @@ def test_the_noise_on_the_mean_is_the_second_looks_no_less_and_no_more(network, 
 
     The centre moves from run to run; with a ball that cuts nothing the mean does not move with it.
     """
-    first, second = 2.0, 1.0
     clean = embed(network.encoder, images)[:, 1:].double().mean(0).numpy()
     errors = []
-    keywords = dict(noise_multipliers=(first, second), num_rows=1, declared_size=300, config=LooksConfig(reach=4.0))
+    keywords = dict(noise_multiplier=1.0, num_rows=1, declared_size=300, config=LooksConfig(reach=4.0))
     for _ in range(400):
         seen = look_twice(images, None, network, **keywords)
         count = seen.noisy_sum[0, 0] / COUNT
         errors.append((seen.noisy_sum[0, 1:] / count - clean) * count / seen.second.noise_std)
-        assert seen.second.noise_std == second * seen.second.clip_norm
+        assert seen.second.noise_std == pytest.approx(math.sqrt(1 / 0.8) * seen.second.clip_norm)
     errors = np.array(errors)
     # what a wrong count leaves, (n / count - 1) (mean - centre), is small beside the noise: a tenth or so
     total = float(np.square(errors).sum())
@@ -200,7 +199,7 @@ def test_noise_of_the_two_looks_is_not_the_same_with_a_seed_nor_without():
 
 
 def test_secret_noise_is_fresh(network, images):
-    keywords = dict(noise_multipliers=(2.0, 1.0), num_rows=1, declared_size=300)
+    keywords = dict(noise_multiplier=1.0, num_rows=1, declared_size=300)
     assert not np.array_equal(
         look_twice(images, None, network, **keywords).noisy_sum, look_twice(images, None, network, **keywords).noisy_sum
     )
@@ -215,7 +214,7 @@ def test_secret_noise_is_fresh(network, images):
 def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, images, labelled):
     rows = np.arange(300) % 3 if labelled else None
     classes = 3 if labelled else 1
-    keywords = dict(noise_multipliers=(0.0, 0.0), num_rows=classes, declared_size=77, config=LooksConfig(reach=4.0))
+    keywords = dict(noise_multiplier=0.0, num_rows=classes, declared_size=77, config=LooksConfig(reach=4.0))
     seen = look_twice(images, rows, network, **keywords, seed=0)
     labels = None if rows is None else torch.from_numpy(rows)
     plain, _ = controls.noisy_class_sums(images, labels, network.encoder, epsilon=math.inf, num_classes=classes, seed=0)
@@ -225,10 +224,7 @@ def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, im
 def test_small_classes_share_one_centre_and_large_ones_have_their_own(network, images):
     rows = np.arange(300) % 3
     for multiplier, own in ((20.0, False), (1.0, True)):
-        multipliers = split(None, 1e-5, multiplier)
-        seen = look_twice(
-            images, rows, network, noise_multipliers=multipliers, num_rows=3, declared_size=300, seed=0
-        )
+        seen = look_twice(images, rows, network, noise_multiplier=multiplier, num_rows=3, declared_size=300, seed=0)
         assert seen.first.num_rows == (3 if own else 1) and seen.second.num_rows == 3
         assert seen.first.clip_norm == 1.0
 
@@ -252,7 +248,7 @@ def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
         clean = embed(network.encoder, task)[:, 1:].double().mean(0).numpy()
         once, _ = controls.noisy_class_sums(task, None, network.encoder, epsilon=1.0, seed=seed)
         twice = look_twice(
-            task, None, network, noise_multipliers=split(1.0, 1e-5), num_rows=1, declared_size=128, seed=seed
+            task, None, network, noise_multiplier=3.731, num_rows=1, declared_size=128, seed=seed
         ).noisy_sum
         for name, sums in (("one", once), ("two", twice)):
             errors[name] += float(np.square(sums[0, 1:] / sums[0, 0] * constant - clean).sum())
@@ -262,14 +258,16 @@ def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
 # ---- refusals and the command line -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"share": 0.0}, {"share": 1.0}, {"reach": 0.0}, {"own_centre": -1.0}])
-def test_a_configuration_out_of_range_is_refused(wrong):
+@pytest.mark.parametrize(
+    ("name", "value"), [("share", 0.0), ("share", 1.0), ("share_together", 1.0), ("reach", 0.0), ("own_centre", -1.0)]
+)
+def test_a_configuration_out_of_range_is_refused(name, value):
     with pytest.raises(InputError, match="two looks need"):
-        LooksConfig(**wrong)
+        LooksConfig(**{name: value})
 
 
 def test_what_cannot_be_done_in_two_looks_is_refused(network, images):
-    keywords = dict(noise_multipliers=(2.0, 1.0), num_rows=1)
+    keywords = dict(noise_multiplier=1.0, num_rows=1)
     with pytest.raises(InputError, match="declared size"):
         look_twice(images, None, network, declared_size=0, **keywords)
     with pytest.raises(InputError, match="cells"):

@@ -294,7 +294,7 @@ def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig |
             bench.private_train.images,
             None if labels is None else labels.cpu().numpy().astype(np.int64),
             network,
-            noise_multipliers=looks.split(epsilon, bench.delta),
+            noise_multiplier=controls.gaussian_sum(epsilon, 1, 1, bench.delta).noise_multiplier,
             num_rows=len(bench.class_names),
             declared_size=len(bench.private_train),
             neighboring_relation=bench.neighboring_relation,

@@ -1,0 +1,202 @@
+"""One look or two: how near do they come to the mean, how good are the samples, and which labels are told?
+
+    HYPERDP_DATA=data python benchmarks/looks.py    # writes book/results/benchmarks/looks.json
+
+Public drawings by people, and held-out glyphs, play the private part; the choices of `hyperdp_lib.looks` were made by
+these tables. No private image is read.
+
+* ``means``: root mean square error of the mean embedding of 128 images, by share of the first look and reach of the
+  second, beside one look and its posterior mean; one class, or a mixture of all classes of a set;
+* ``sampled``: Fréchet distance of samples from all images of the class or set, of which 128 were released: one look,
+  two looks, and without noise;
+* ``labels``: accuracy of the release read as a classifier (`hyperdp_lib.classifier`) of ten classes, by images of each:
+  one look; two looks with one centre for all classes, by share of the first; two looks with a centre for each.
+
+Half an hour of a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transfer import CLASSES, draw
+
+from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, looks, posterior
+from hyperdp_lib.baselines import controls
+from hyperdp_lib.classifier import Classifier
+from hyperdp_lib.glyphs import GlyphTasks
+from hyperdp_lib.hypernetwork import features_file, load_pretrained
+from hyperdp_lib.looks import LooksConfig
+from hyperdp_lib.posterior import Prior
+from hyperdp_lib.records import provenance, write_atomically
+
+OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "looks.json"
+DELTA, IMAGES, SAMPLES = 1e-5, 128, 500
+SHARES, REACHES, EPSILONS = (0.05, 0.1, 0.2, 0.35), (0.5, 0.8, 1.0, 1.3), (0.5, 1.0, 4.0)
+SIZES = (12, 48, 144)
+ONE, POSTERIOR, TWO, CLEAN = "one look", "its posterior mean", "two looks", "no noise"
+OWN = "own centres"
+
+
+def sets(count: int) -> Iterator[tuple[str, str, Tensor]]:
+    """Kind ("one class" or "mixture"), name and up to 1,000 images of ``count`` classes and mixtures of each source."""
+    held_out = GlyphTasks(split="held_out", progress=False)
+    for number, task in enumerate(held_out.sample_tasks(count, 1000, torch.Generator().manual_seed(0))):
+        yield "one class", f"glyphs {number}", task
+    for name in ("quickdraw", "kkanji"):
+        source = data.load_named_or_path(name, 16, 1)
+        assert source.labels is not None
+        g = torch.Generator().manual_seed(7)
+        for label in torch.randperm(len(source.class_names or ()), generator=g)[:count].tolist():
+            yield "one class", f"{name} {label}", source.images[source.labels == label][:1000]
+        for number in range(max(1, count // 3)):
+            chosen = torch.randperm(len(source.images), generator=g)[:1000]
+            yield "mixture", f"{name} mixture {number}", source.images[chosen]
+
+
+def one_look(images: Tensor, network: Any, epsilon: float, seed: int) -> tuple[Tensor, float]:
+    """The noisy sum (1, 1 + k) and its noise; ``epsilon`` infinite: none."""
+    sums, noise_std = controls.noisy_class_sums(images, None, network.encoder, epsilon=epsilon, seed=seed)
+    return torch.as_tensor(sums), noise_std
+
+
+def two_looks(
+    images: Tensor, network: Any, epsilon: float, seed: int, config: LooksConfig = looks.DEFAULT
+) -> tuple[Tensor, float]:
+    """The same from two looks."""
+    multiplier = accounting.noise_multiplier(epsilon, DELTA)
+    seen = looks.look_twice(
+        images, None, network, noise_multiplier=multiplier, num_rows=1, declared_size=len(images), seed=seed,
+        config=config,
+    )  # fmt: skip
+    return torch.as_tensor(seen.noisy_sum), seen.second.noise_std
+
+
+def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
+    """Rows of the table of means."""
+    network = network.using(64)
+    constant, prior = network.encoder.config.count_coordinate, Prior.shipped(network)
+    squares: dict[tuple, list[float]] = {}
+    for kind, _, images in tqdm(list(sets(count)), desc="means", disable=None):
+        for seed, epsilon in enumerate(EPSILONS):
+            mine = images[:IMAGES]
+            clean = embedding.embed(network.encoder, mine)[:, 1:].double().mean(0)
+            sums, noise_std = one_look(mine, network, epsilon, seed)
+            told = {
+                (ONE, None, None): sums[0, 1:] / sums[0, 0] * constant,
+                (POSTERIOR, None, None): posterior.posterior(sums, noise_std, prior, constant)[0][0],
+            }
+            for share in SHARES:
+                for reach in REACHES:
+                    config = LooksConfig(share=share, reach=reach)
+                    sums, _ = two_looks(mine, network, epsilon, seed, config)
+                    told[TWO, share, reach] = sums[0, 1:] / sums[0, 0] * constant
+            for which, mean in told.items():
+                squares.setdefault((kind, epsilon, *which), []).append(float((mean - clean).square().sum()))
+    return [
+        {"kind": kind, "epsilon": epsilon, "way": way, "share": share, "reach": reach, "sets": len(values),
+         "error": round(math.sqrt(statistics.fmean(values)), 4)}
+        for (kind, epsilon, way, share, reach), values in squares.items()
+    ]  # fmt: skip
+
+
+def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, seeds: int) -> list[dict[str, Any]]:
+    """Rows of the table of samples."""
+    rows = []
+    for kind, name, images in tqdm(list(sets(count)), desc="samples", disable=None):
+        theirs = evaluation.features(scoring, images)
+        found: dict[str, list[float]] = {}
+        for seed in range(seeds):
+            g = torch.Generator().manual_seed(seed)
+            mine = images[torch.randperm(len(images), generator=g)[:IMAGES]]
+            noise_std = controls.noise_std(1.0)
+            once, (twice, _) = network.fitting(noise_std, IMAGES), looks.fit(network, noise_std, IMAGES)
+            released = {
+                ONE: (once, *one_look(mine, once, 1.0, seed)),
+                TWO: (twice, *two_looks(mine, twice, 1.0, seed)),
+                CLEAN: (network.using(64), *one_look(mine, network.using(64), math.inf, seed)),
+            }
+            for way, (reader, sums, noise) in released.items():
+                with torch.no_grad():
+                    adapter = reader(sums.float(), noise)
+                drawn = diffusion.sample(base_model, adapter, num_images=SAMPLES, generator=g)
+                distance = evaluation.frechet_distance(evaluation.features(scoring, drawn), theirs)
+                found.setdefault(way, []).append(distance)
+        for way, values in found.items():
+            rows.append({"kind": kind, "set": name, "way": way, "distance": round(statistics.fmean(values), 2),
+                         "standard_deviation": round(statistics.stdev(values), 2)})  # fmt: skip
+    return rows
+
+
+def label_accuracies(network: Any, repetitions: int) -> list[dict[str, Any]]:
+    """Rows of the table of labels."""
+    sources: dict[str, Any] = {"glyphs": GlyphTasks(split="held_out", progress=False)}
+    sources |= {name: data.load_named_or_path(name, 16, 1) for name in ("kkanji", "quickdraw", "omniglot")}
+    rows = []
+    for name, size in tqdm([(n, s) for n in sources for s in SIZES], desc="labels", disable=None):
+        if (name, size) != ("omniglot", 12) and name == "omniglot":
+            continue  # 20 drawings of each
+        found: dict[str, list[float]] = {}
+        for seed in range(repetitions):
+            images, labels, tests, truth = draw(sources[name], size, seed)
+            noise_std = controls.noise_std(1.0)
+            fitted = network.fitting(noise_std, size)
+            sums, noise = controls.noisy_class_sums(
+                images, labels, fitted.encoder, epsilon=1.0, num_classes=CLASSES, seed=seed
+            )
+            told = {ONE: Classifier.of(sums, noise, fitted)}
+            configs = {f"one centre, share {s:g}": LooksConfig(share_together=s, own_centre=math.inf) for s in SHARES}
+            fitted, _ = looks.fit(network, noise_std, size)
+            for way, config in {**configs, OWN: LooksConfig(own_centre=0.0)}.items():
+                seen = looks.look_twice(
+                    images, labels.numpy(), fitted, noise_multiplier=noise_std, num_rows=CLASSES,
+                    declared_size=len(images), seed=seed, config=config,
+                )  # fmt: skip
+                told[way] = Classifier.of(seen.noisy_sum, seen.second.noise_std, fitted)
+            for way, classify in told.items():
+                found.setdefault(way, []).append(float((classify(tests) == truth).double().mean()))
+        for way, values in found.items():
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            rows.append({"set": name, "images": size, "way": way, "accuracy": round(statistics.fmean(values), 4),
+                         "standard_error": round(error, 4)})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", type=int, default=6, help="classes of each source; default: 6")
+    parser.add_argument("--seeds", type=int, default=3, help="of samples; default: 3")
+    parser.add_argument("--repetitions", type=int, default=12, help="of labels; default: 12")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if min(options.seeds, options.repetitions) < 2:
+        parser.error("--seeds and --repetitions must be at least 2, for there is no spread of one")
+    started = datetime.now(UTC)
+    base_model, network = load_pretrained("glyphs-nested")
+    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    content = {
+        "epsilon": 1.0, "delta": DELTA, "neighboring_relation": "add_or_remove_one", "images": IMAGES,
+        "samples": SAMPLES, "seeds": options.seeds, "repetitions": options.repetitions, "classes": CLASSES,
+        "features": scoring.name, "label": evaluation.NOT_DP,
+        "chosen": dataclasses.asdict(looks.DEFAULT),
+        "means": mean_errors(network, 3 * options.sets),
+        "labels": label_accuracies(network, options.repetitions),
+        "sampled": sample_distances(base_model, network, scoring, options.sets, options.seeds),
+        "provenance": provenance("python benchmarks/looks.py", "cpu", started),
+    }  # fmt: skip
+    write_atomically(options.out, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
