@@ -14,9 +14,9 @@ stays; for ``drawings``, nested from the start, it is of everything:
     done
 
 The trainings take three quarters of an hour and two hours of a core, the levers two. Records are kept in ``--runs``,
-where a stopped run goes on. ``--levers`` measures only those named and keeps what else is in the file. Settings, and the
-features that score, are those of the weights that ship, for both. No lever costs privacy: each is another way to make,
-or to read, noisy sums at the same budget.
+where a stopped run goes on. ``--levers`` measures only those named and keeps what else is in the file. Settings, and
+the features that score, are those of the weights that ship, for both. No lever costs privacy: each is another way to
+make, or to read, noisy sums at the same budget.
 """
 
 from __future__ import annotations
