@@ -175,9 +175,9 @@ def label_accuracies(network: Any, repetitions: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", type=int, default=6, help="classes of each source; default: 6")
+    parser.add_argument("--sets", type=int, default=3, help="classes of each source; default: 3")
     parser.add_argument("--seeds", type=int, default=3, help="of samples; default: 3")
-    parser.add_argument("--repetitions", type=int, default=12, help="of labels; default: 12")
+    parser.add_argument("--repetitions", type=int, default=10, help="of labels; default: 10")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if min(options.seeds, options.repetitions) < 2:
