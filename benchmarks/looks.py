@@ -113,6 +113,9 @@ def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
 
 def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, seeds: int) -> list[dict[str, Any]]:
     """Rows of the table of samples."""
+    noise_std = controls.noise_std(1.0)
+    once, (twice, _) = network.fitting(noise_std, IMAGES), looks.fit(network, noise_std, IMAGES)
+    most = network.using(64)
     rows = []
     for kind, name, images in tqdm(list(sets(count)), desc="samples", disable=None):
         theirs = evaluation.features(scoring, images)
@@ -120,12 +123,10 @@ def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, se
         for seed in range(seeds):
             g = torch.Generator().manual_seed(seed)
             mine = images[torch.randperm(len(images), generator=g)[:IMAGES]]
-            noise_std = controls.noise_std(1.0)
-            once, (twice, _) = network.fitting(noise_std, IMAGES), looks.fit(network, noise_std, IMAGES)
             released = {
                 ONE: (once, *one_look(mine, once, 1.0, seed)),
                 TWO: (twice, *two_looks(mine, twice, 1.0, seed)),
-                CLEAN: (network.using(64), *one_look(mine, network.using(64), math.inf, seed)),
+                CLEAN: (most, *one_look(mine, most, math.inf, seed)),
             }
             for way, (reader, sums, noise) in released.items():
                 with torch.no_grad():
@@ -143,27 +144,26 @@ def label_accuracies(network: Any, repetitions: int) -> list[dict[str, Any]]:
     """Rows of the table of labels."""
     sources: dict[str, Any] = {"glyphs": GlyphTasks(split="held_out", progress=False)}
     sources |= {name: data.load_named_or_path(name, 16, 1) for name in ("kkanji", "quickdraw", "omniglot")}
+    noise_std = controls.noise_std(1.0)
+    configs = {f"one centre, share {s:g}": LooksConfig(share_together=s, own_centre=math.inf) for s in SHARES}
+    configs[OWN] = LooksConfig(own_centre=0.0)
+    asked = [(name, size) for name in sources for size in SIZES if name != "omniglot" or size < 20]  # it has 20 of each
     rows = []
-    for name, size in tqdm([(n, s) for n in sources for s in SIZES], desc="labels", disable=None):
-        if (name, size) != ("omniglot", 12) and name == "omniglot":
-            continue  # 20 drawings of each
+    for name, size in tqdm(asked, desc="labels", disable=None):
+        once, (twice, _) = network.fitting(noise_std, size), looks.fit(network, noise_std, size)
         found: dict[str, list[float]] = {}
         for seed in range(repetitions):
             images, labels, tests, truth = draw(sources[name], size, seed)
-            noise_std = controls.noise_std(1.0)
-            fitted = network.fitting(noise_std, size)
             sums, noise = controls.noisy_class_sums(
-                images, labels, fitted.encoder, epsilon=1.0, num_classes=CLASSES, seed=seed
+                images, labels, once.encoder, epsilon=1.0, num_classes=CLASSES, seed=seed
             )
-            told = {ONE: Classifier.of(sums, noise, fitted)}
-            configs = {f"one centre, share {s:g}": LooksConfig(share_together=s, own_centre=math.inf) for s in SHARES}
-            fitted, _ = looks.fit(network, noise_std, size)
-            for way, config in {**configs, OWN: LooksConfig(own_centre=0.0)}.items():
+            told = {ONE: Classifier.of(sums, noise, once)}
+            for way, config in configs.items():
                 seen = looks.look_twice(
-                    images, labels.numpy(), fitted, noise_multiplier=noise_std, num_rows=CLASSES,
+                    images, labels.numpy(), twice, noise_multiplier=noise_std, num_rows=CLASSES,
                     declared_size=len(images), seed=seed, config=config,
                 )  # fmt: skip
-                told[way] = Classifier.of(seen.noisy_sum, seen.second.noise_std, fitted)
+                told[way] = Classifier.of(seen.noisy_sum, seen.second.noise_std, twice)
             for way, classify in told.items():
                 found.setdefault(way, []).append(float((classify(tests) == truth).double().mean()))
         for way, values in found.items():

@@ -214,6 +214,7 @@ def look_twice(
         num_rows=num_rows,
         clip_norm=centring.clip_norm,
     )
+    # embedded again, not kept: memory does not grow with the number of images
     batches = centring.offsets(embed_rows(encoder, private_images, private_rows, batch_size=batch_size))
     second_look = mechanism.noisy_sum(batches, second, seed=seeds[1])
     noisy_sum = centring.combine(second_look, second, declared_per_row=each, labelled=labelled)
@@ -238,7 +239,7 @@ def charge(first: GaussianSum, delta: float) -> LedgerEntry:
 
 def declared(ledger: Sequence[LedgerEntry], size: float) -> tuple[LedgerEntry, ...]:
     """The ledger, in which the declared size is: entered here, unless what is declared public is there already."""
-    if any(entry.kind == "declared_public" for entry in ledger):
+    if not all(entry.private for entry in ledger):
         return tuple(ledger)
     return (*ledger, LedgerEntry("declared_public", f"number of images, about {size:g}", 0.0, 0.0))
 
