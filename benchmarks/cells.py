@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hyperdp_lib import cells, classifier, data, diffusion, evaluation
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "cells.json"
@@ -99,7 +99,7 @@ def main() -> None:
     asked = [(*one, epsilon, count, cells.COUNTED) for one in sets for epsilon in EPSILONS for count in cells.NUMBERS]
     asked += [(*one, False, epsilon, 16, STRICT) for one in MIXED for epsilon in EPSILONS]
     rows = []
-    for name, size, labelled, epsilon, count, counted in tqdm(asked, desc="cells", disable=None):
+    for name, size, labelled, epsilon, count, counted in progress_bar(asked, desc="cells"):
         found = [measure(models, name, size, labelled, epsilon, count, counted, seed) for seed in range(options.seeds)]
         means = {score: round(statistics.fmean(scores[score] for scores, _ in found), 3) for score in found[0][0]}
         taken = counted == cells.COUNTED and count == cells.cells_for(

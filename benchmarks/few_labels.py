@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transfer import CLASSES, accuracy, draw
 
 from hyperdp_lib import data, embedding
@@ -36,6 +35,7 @@ from hyperdp_lib.baselines import controls
 from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.posterior import Prior
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "few_labels.json"
@@ -122,7 +122,7 @@ def main() -> None:
     radius = float(codes(typical.flatten(0, 1)).norm(dim=1).median())  # public
     held_out = GlyphTasks(split="held_out", progress=False)
     rows = []
-    for name in tqdm(SETS, desc="few labels", disable=None):
+    for name in progress_bar(SETS, desc="few labels"):
         source = held_out if name == "glyphs" else data.load_named_or_path(name, 16, 1)
         found: dict[str, list[float]] = {"as released": [], **{scheme.text: [] for scheme in SCHEMES}}
         for seed in range(options.repetitions):

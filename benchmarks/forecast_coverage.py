@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from tqdm import tqdm
 
 from hyperdp_lib import evaluation, forecast, tuning
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "forecast_coverage.json"
@@ -143,7 +143,7 @@ def rehearsals(setting: Setting, num_images: int) -> list[dict[str, Any]]:
     asked = {"epsilon": EPSILON, "num_private": setting.images, "num_classes": setting.classes}
     return [
         tuning.rehearse(setting.method, bench, tasks, seed=SEED + turn, **asked)
-        for turn in tqdm(range(setting.count), desc=f"{setting.method}, {setting.images} images", disable=None)
+        for turn in progress_bar(range(setting.count), desc=f"{setting.method}, {setting.images} images")
     ]
 
 

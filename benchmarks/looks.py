@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transfer import CLASSES, draw
 
 from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, looks, posterior
@@ -39,6 +38,7 @@ from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.looks import LooksConfig
 from hyperdp_lib.posterior import Prior
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "looks.json"
@@ -88,7 +88,7 @@ def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
     network = network.using(64)
     constant, prior = network.encoder.config.count_coordinate, Prior.shipped(network)
     squares: dict[tuple, list[float]] = {}
-    for kind, _, images in tqdm(list(sets(count)), desc="means", disable=None):
+    for kind, _, images in progress_bar(list(sets(count)), desc="means"):
         for seed, epsilon in enumerate(EPSILONS):
             mine = images[:IMAGES]
             clean = embedding.embed(network.encoder, mine)[:, 1:].double().mean(0)
@@ -117,7 +117,7 @@ def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, se
     once, (twice, _) = network.fitting(noise_std, IMAGES), looks.fit(network, noise_std, IMAGES)
     most = network.using(64)
     rows = []
-    for kind, name, images in tqdm(list(sets(count)), desc="samples", disable=None):
+    for kind, name, images in progress_bar(list(sets(count)), desc="samples"):
         theirs = evaluation.features(scoring, images)
         found: dict[str, list[float]] = {}
         for seed in range(seeds):
@@ -149,7 +149,7 @@ def label_accuracies(network: Any, repetitions: int) -> list[dict[str, Any]]:
     configs[OWN] = LooksConfig(own_centre=0.0)
     asked = [(name, size) for name in sources for size in SIZES if name != "omniglot" or size < 20]  # it has 20 of each
     rows = []
-    for name, size in tqdm(asked, desc="labels", disable=None):
+    for name, size in progress_bar(asked, desc="labels"):
         once, (twice, _) = network.fitting(noise_std, size), looks.fit(network, noise_std, size)
         found: dict[str, list[float]] = {}
         for seed in range(repetitions):

@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from cells import draw
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib import accounting, classifier, comparison, embedding, evaluation, looks
 from hyperdp_lib.baselines import controls
@@ -44,6 +43,7 @@ from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.classifier import Classifier
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained, noisy_count
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
@@ -146,7 +146,7 @@ def summary(found: Iterable[dict[str, Any]], name: str) -> dict[str, float]:
 def drawings(network: Any, repetitions: int) -> list[dict[str, Any]]:
     """Rows of the table by which the ridge was chosen."""
     rows = []
-    for name, size in tqdm(PUBLIC, desc="public drawings", disable=None):
+    for name, size in progress_bar(PUBLIC, desc="public drawings"):
         found = []
         for seed in range(repetitions):
             everything, test = (draw(name, split, seed) for split in ("", "-test"))
@@ -180,7 +180,7 @@ def main() -> None:
     public = kept["public"] if kept else drawings(network, options.repetitions)
     rows = [row for row in kept["rows"] if row["looks"] == 1] if kept else []
     asked = [one for one in SETS if one[-1] in options.looks]
-    for name, size, num_looks in tqdm(asked, desc="released labels", disable=None):
+    for name, size, num_looks in progress_bar(asked, desc="released labels"):
         train, test, _ = comparison.private_sets(name)
         size = size or len(train)
         found = [

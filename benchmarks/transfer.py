@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib import data, embedding, posterior
 from hyperdp_lib.baselines import controls
@@ -28,6 +27,7 @@ from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.nested import COORDINATES
 from hyperdp_lib.posterior import Prior
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "transfer.json"
@@ -78,7 +78,7 @@ def main() -> None:
     held_out = GlyphTasks(split="held_out", progress=False)
     sources = {name: held_out if name == "glyphs" else data.load_named_or_path(name, 16, 1) for name in SETS}
     rows = []
-    for name, sizes in tqdm(SETS.items(), desc="transfer", disable=None):
+    for name, sizes in progress_bar(SETS.items(), desc="transfer"):
         for size in sizes:
             found: dict[str, list[float]] = {encoder: [] for encoder in encoders}
             for seed in range(options.repetitions):

@@ -15,21 +15,19 @@ import io
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from hyperdp_lib.cli import Parser
 from hyperdp_lib.data_sets import DATA_SETS
 from hyperdp_lib.image_files import InputError, shown, write_npz
 from hyperdp_lib.originals import ORIGINALS, QUICKDRAW_PREFIXES
+from hyperdp_lib.progress import progress_bar
 
 Arrays = dict[str, np.ndarray]
-T = TypeVar("T")
 GREY_SIDE, COLOUR_SIDE = 28, 32  # pixels
 KKANJI_LEAST, KKANJI_MOST = 200, 300  # images of a character
 CIFAR_PIXELS = 3 * COLOUR_SIDE**2
@@ -62,7 +60,7 @@ def prepare_omniglot(folder: Path, name: str) -> dict[str, Arrays]:
     for evaluation, original in enumerate(ORIGINALS[name]):
         with zipfile.ZipFile(folder / original.file) as archive:
             members = sorted(member for member in archive.namelist() if _is_image(member))
-            for member in _progress(members, original.file):
+            for member in progress_bar(members, desc=original.file):
                 alphabet, character, file = PurePosixPath(member).parts[-3:]
                 keys.append((bool(evaluation), alphabet, character, int(PurePosixPath(file).stem.split("_")[1])))
                 images.append(_grey(archive.read(member), invert=True))
@@ -96,7 +94,7 @@ def prepare_kkanji(folder: Path, name: str) -> dict[str, Arrays]:
             for label, character in enumerate(often)
             for member in sorted(by_character[character], key=lambda member: member.name)[:KKANJI_MOST]
         ]
-        images = [_grey(_content(archive, member)) for _, member in _progress(chosen, original.file)]
+        images = [_grey(_content(archive, member)) for _, member in progress_bar(chosen, desc=original.file)]
     labels = np.array([label for label, _ in chosen], np.uint16)
     return {DATA_SETS[name].file: {"x": np.stack(images), "y": labels, "codepoints": np.array(often)}}
 
@@ -158,7 +156,7 @@ def prepare_tiny_imagenet(folder: Path, name: str) -> dict[str, Arrays]:
         arrays: Arrays = {}
         for split, entries in found.items():
             entries.sort()
-            members = _progress([member for *_, member in entries], f"{original.file}, {split}")
+            members = progress_bar([member for *_, member in entries], desc=f"{original.file}, {split}")
             arrays[f"{split}_x"] = np.stack([_colour(archive.read(member)) for member in members])
             arrays[f"{split}_y"] = np.array([label for label, *_ in entries], np.uint8)
     names: Arrays = {"wnids": np.array(wnids), "class_names": np.array([words[wnid].strip() for wnid in wnids])}
@@ -191,7 +189,7 @@ def as_jpegs(splits: dict[str, np.ndarray]) -> Arrays:
     header, arrays = b"", {}
     for split, images in splits.items():
         files = []
-        for image in _progress(images, f"encoding, {split}"):
+        for image in progress_bar(images, desc=f"encoding, {split}"):
             file = io.BytesIO()
             Image.fromarray(image).save(file, "JPEG", quality=75, subsampling=2)
             content = file.getvalue()
@@ -228,10 +226,6 @@ def _is_image(member: str) -> bool:
 
 def _code_point(character: str) -> int:
     return int(character.removeprefix("U+"), 16)
-
-
-def _progress(items: Iterable[T], what: str) -> Iterator[T]:
-    return iter(tqdm(items, desc=what, delay=2, disable=None, leave=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ The modules, in the order in which to read them:
 `ledger`            everything that touched private data, added up
 `artefacts`         files written whole or not at all, with checksums
 `strict_json`       JSON without surprises
+`progress`          progress bars, on terminals only
 `hypernetwork`      noisy sum -> LoRA adapter
 `adapter`           many adapters in one batch, PEFT folders
 `lora_geometry`     which layers are adapted, with which shapes, read from PEFT
@@ -108,6 +109,7 @@ __all__ = [
     "photographs",
     "posterior",
     "private_scores",
+    "progress",
     "records",
     "reference_stats",
     "refinement",

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import artefacts, data, evaluation, records
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.records import Record
+
+from .progress import progress_bar
 
 SETTINGS_FILE = "comparison.json"
 
@@ -126,7 +127,7 @@ def compare(
         if path.exists():
             shared.require_same(path)
     missing = [cell for path, cell in zip(paths, cells, strict=True) if not path.exists()]
-    bar = tqdm(total=len(cells), initial=len(cells) - len(missing), desc="compare", unit="cell", disable=None)
+    bar = progress_bar(total=len(cells), initial=len(cells) - len(missing), desc="compare", unit="cell")
     with bar:
         if jobs == 1:
             for method, epsilon, seed in missing:

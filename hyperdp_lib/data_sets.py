@@ -186,10 +186,11 @@ def _jpegs(path: Path, split: str, data_set: DataSet) -> NamedImages:
 def decode_jpegs(path: Path, header: bytes, content: bytes, offsets: np.ndarray) -> np.ndarray:
     """``(N, 32, 32, 3)`` uint8 from N JPEG files that share a header; ``offsets`` ``(N + 1,)`` are into ``content``."""
     from PIL import Image
-    from tqdm import tqdm
+
+    from .progress import progress_bar
 
     images = np.empty((max(0, len(offsets) - 1), JPEG_SIDE, JPEG_SIDE, 3), dtype=np.uint8)
-    for i in tqdm(range(len(images)), desc=f"decoding {path.name}", delay=2, disable=None, leave=False):
+    for i in progress_bar(range(len(images)), desc=f"decoding {path.name}"):
         try:
             with Image.open(io.BytesIO(header + content[offsets[i] : offsets[i + 1]]), formats=("JPEG",)) as image:
                 if image.size != (JPEG_SIDE, JPEG_SIDE):  # a smaller one would be broadcast, a larger one is a bomb

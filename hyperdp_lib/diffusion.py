@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib.adapter import Adapter, apply_adapters
+
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def sample(
     batches = []
     starts = range(0, share, per_batch)
     base_model.eval()
-    with tqdm(total=len(starts) * num_steps, desc="sampling", disable=None if progress else True) as bar:
+    with progress_bar(total=len(starts) * num_steps, desc="sampling", show=progress) as bar:
         for start in starts:
             x = noise[:, start : start + per_batch].to(device)
             size = x.shape[1]

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib import data_sets
 from hyperdp_lib.glyphs import (
@@ -38,6 +37,8 @@ from hyperdp_lib.glyphs import (
     share_of,
     signed_fields,
 )
+
+from .progress import progress_bar
 
 EXCLUDED = ("Latin-", "Greek-", "Cyrillic-", "Old_Church_Slavonic_(Cyrillic)-")
 INK = 96  # of 255
@@ -227,7 +228,7 @@ def _maker(name: str, progress: bool) -> Callable[[], tuple[np.ndarray, list[str
         source = data_sets.read(name, "train")
         fields, labels = [], []
         rows = zip(source.images[..., 0], source.labels, strict=True)
-        for picture, label in tqdm(rows, total=len(source.labels), desc=f"reading {name}", disable=not progress):
+        for picture, label in progress_bar(rows, total=len(source.labels), desc=f"reading {name}", show=progress):
             class_name = source.class_names[label]
             if class_name.startswith(EXCLUDED):
                 continue

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib.data import InputError, resize, to_channels
 from hyperdp_lib.evaluation import NOT_DP, FeatureNetwork
+
+from .progress import progress_bar
 
 COPY_NOISE = 8.0  # grey levels of 255, standard deviation
 QUANTILE = 0.95  # of the copies that the threshold lets through
@@ -231,7 +232,7 @@ def nearest(
     """
     index = torch.empty(len(rows), dtype=torch.long)
     starts = range(0, len(rows), _ROWS)
-    for start in tqdm(starts, desc="comparing", delay=2, disable=None if progress else True, leave=False):
+    for start in progress_bar(starts, desc="comparing", show=progress):
         part = slice(start, start + _ROWS)
         best = torch.full((len(rows[part]),), -torch.inf)
         for offset in range(0, len(others), _COLUMNS):

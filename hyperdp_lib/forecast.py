@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from hyperdp_lib import tuning
 from hyperdp_lib.baselines.controls import PublicTasks
 from hyperdp_lib.baselines.methods import METHODS, Bench
 from hyperdp_lib.data import InputError
+
+from .progress import progress_bar
 
 SCORES = ("frechet_distance", "accuracy", "precision", "recall")
 
@@ -182,6 +182,6 @@ def forecast(
         tuning.rehearse(
             method, bench, tasks, epsilon=epsilon, num_private=num_private, num_classes=num_classes, seed=seed + turn
         )
-        for turn in tqdm(range(count), desc="rehearse", disable=None if progress else True)
+        for turn in progress_bar(range(count), desc="rehearse", show=progress)
     ]
     return Forecast(method, epsilon, num_private, num_classes, coverage, num_images, tuple(scores))

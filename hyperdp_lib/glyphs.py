@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+
+from .progress import progress_bar
 
 FIELD_SIZE = 40  # grid of a stored shape; the shape's longer side is 32 of these pixels
 GLYPH_BOX = 32
@@ -146,7 +147,7 @@ def _render_fonts(progress: bool) -> tuple[np.ndarray, list[str]]:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fields, names = [], []
-    for font_name in tqdm(FONTS, desc="rendering fonts", disable=not progress):
+    for font_name in progress_bar(FONTS, desc="rendering fonts", show=progress):
         font = FT2Font(str(folder / f"{font_name}.ttf"))
         font.set_size(48, 72)
         for c in _characters(font_name, font):
@@ -178,7 +179,7 @@ def _draw_strokes(count: int, seed: int, progress: bool) -> np.ndarray:
 
     rng = np.random.default_rng(seed)
     fields = np.empty((count, 2, FIELD_SIZE, FIELD_SIZE), np.int8)
-    for i in tqdm(range(count), desc="drawing strokes", disable=not progress):
+    for i in progress_bar(range(count), desc="drawing strokes", show=progress):
         points = []
         for _ in range(rng.choice([1, 2, 3], p=[0.55, 0.33, 0.12])):
             knots = rng.integers(2, 7)

@@ -99,12 +99,12 @@ def read_folder(folder: Path, fit: Fit, labelled: bool = True) -> ImageFiles:
     if not files:
         raise InputError(f"{shown(folder)} holds no image; put files there ({' '.join(IMAGE_SUFFIXES)})")
 
-    from tqdm import tqdm
+    from .progress import progress_bar
 
     fitted: np.ndarray | None = None
     sizes: set[tuple[int, int]] = set()
     kinds: set[int] = set()
-    for position, file in enumerate(tqdm(files, desc="reading images", delay=2, disable=None, leave=False)):
+    for position, file in enumerate(progress_bar(files, desc="reading images")):
         pixels = decode(file)
         sizes.add(pixels.shape[:2])
         kinds.add(pixels.shape[2])

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import diffusion, embedding, release
 from hyperdp_lib.adapter import Adapter
@@ -24,6 +23,8 @@ from hyperdp_lib.baselines.controls import PublicBank
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.posterior import Prior, posterior
 from hyperdp_lib.training import adapted_loss
+
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def fine_tune(
         samples = drawn.unflatten(0, (len(adapter), -1))
     trained = adapter._map(lambda factor: factor.detach().clone().requires_grad_())
     adamw = torch.optim.AdamW(list(trained.parameters()), config.learning_rate, (0.9, 0.99), weight_decay=0.0)
-    for done in tqdm(range(config.num_steps), desc="neighbours", disable=None if progress else True):
+    for done in progress_bar(range(config.num_steps), desc="neighbours", show=progress):
         for group in adamw.param_groups:
             group["lr"] = config.learning_rate * (1 - 0.9 * done / config.num_steps)
         batch = [_some(public_images, config.images_per_step - own, generator)]

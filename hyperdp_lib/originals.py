@@ -11,7 +11,6 @@ MD5, which most of the sources publish, guards against damage and careless mirro
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from hyperdp_lib.artefacts import file_sha256, write_atomic
 from hyperdp_lib.image_files import InputError, shown
+from hyperdp_lib.progress import progress_bar
 
 REGISTRY = "registry.txt"
 
@@ -132,9 +132,11 @@ def fetch(original: Original, folder: str | Path) -> tuple[Path, bool]:
     pooch.get_logger().setLevel(logging.WARNING)
     troubles = []
     for url in original.urls:
-        download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
         try:
-            pooch.retrieve(url, expected, fname=original.file, path=folder, downloader=download)
+            # a bar without a total has no truth value, and pooch asks for it before it sets the total
+            with progress_bar(total=1, desc=original.file, unit="B", unit_scale=True) as bar:
+                download = pooch.HTTPDownloader(progressbar=bar, timeout=60)
+                pooch.retrieve(url, expected, fname=original.file, path=folder, downloader=download)
             break
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; another hash is a ValueError
             troubles.append(f"{url}: {_reason(error)}")

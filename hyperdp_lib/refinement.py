@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import diffusion, embedding, neighbours, posterior
 from hyperdp_lib.adapter import Adapter
@@ -44,6 +43,8 @@ from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.posterior import DrawsConfig, Prior
 from hyperdp_lib.release import Release
+
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def refine(
     inputs, average = released.clone(), torch.zeros_like(released)
     kept = 1 - config.step_size / config.gain
     counted = range(config.num_rounds // 2, config.num_rounds)
-    for number in tqdm(range(config.num_rounds), desc="refine", disable=None if progress else True):
+    for number in progress_bar(range(config.num_rounds), desc="refine", show=progress):
         images = diffusion.sample(
             base_model,
             hypernetwork(inputs, noise_std, names),

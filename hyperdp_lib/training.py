@@ -31,7 +31,6 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
 
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.data import InputError, from_levels, to_levels
@@ -49,6 +48,8 @@ from hyperdp_lib.hypernetwork import (
     simulate_sums,
 )
 from hyperdp_lib.photographs import PhotographConfig
+
+from .progress import progress_bar
 
 STAGES = ("features", "encoder", "base", "joint")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -346,8 +347,7 @@ class Loop:
         every = every or max(1, min(200, self.config.steps // 4))
         started, saved = time.perf_counter(), self.seconds
         sums: dict[str, float] = {}
-        quiet = True if rank()[0] else None
-        with tqdm(total=self.config.steps, initial=self.step, desc=self.name, disable=quiet) as bar:
+        with progress_bar(total=self.config.steps, initial=self.step, desc=self.name, show=rank()[0] == 0) as bar:
             while not self.done:
                 rate = self.learning_rate(self.step)
                 for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -533,7 +533,7 @@ class TaskPool:
             k = embed(torch.zeros(1, channels, size, size, device=device)).shape[1]
         self.codes = torch.empty(*shape, k)
         self.next = 0
-        for _ in tqdm(range(-(-preset.pool_tasks // at_once)), desc="filling the pool", disable=None):
+        for _ in progress_bar(range(-(-preset.pool_tasks // at_once)), desc="filling the pool"):
             self._replace()
 
     def refresh(self) -> None:

@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib import comparison, records
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
+
+from .progress import progress_bar
 
 
 def dressed_as_private(
@@ -174,7 +175,7 @@ def tune(
     sign = -1.0 if score in ("accuracy", "precision", "recall") else 1.0
     results: dict[int, list[float]] = {index: [] for index in remaining}
     for number, sets in enumerate(rounds):
-        for index in tqdm(remaining, desc=f"tune {method}, round {number + 1}", disable=None):
+        for index in progress_bar(remaining, desc=f"tune {method}, round {number + 1}"):
             for number_of_set in range(len(results[index]), sets):
                 path = Path(out) / f"{method}_eps{epsilon:g}_candidate{index}_set{number_of_set}.json"
                 trial = _trial(method, candidates[index], bench, tasks, epsilon, num_private, num_classes,

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from hyperdp_lib import accounting
 from hyperdp_lib.auditing import bounds, checks
 from hyperdp_lib.auditing.checks import Finding
 from hyperdp_lib.auditing.pipeline import INTACT, Pipeline
+
+from ..progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -128,5 +128,5 @@ def inspect_all(*, progress: bool = False) -> Mapping[str, list[str]]:
     pipelines = {"intact": INTACT, **MUTANTS}
     return {
         name: [check for check, finding in inspect(pipeline).items() if finding.broken]
-        for name, pipeline in tqdm(pipelines.items(), desc="inspect", disable=None if progress else True)
+        for name, pipeline in progress_bar(pipelines.items(), desc="inspect", show=progress)
     }

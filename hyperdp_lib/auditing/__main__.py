@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from hyperdp_lib import auditing, records
 from hyperdp_lib.auditing import attacks, canaries, inversion
+
+from ..progress import progress_bar
 
 # Each of (method, epsilon, releases): training is dear, so the rivals have fewer releases, half of them shadows.
 MEMBERSHIP = (
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def audits() -> list[dict[str, Any]]:
         cells = [(e, r) for e in (0.5, 1.0, 4.0) for r in ("add_or_remove_one", "replace_one")]
         found = []
-        for epsilon, relation in tqdm(cells, desc="audit", disable=None):
+        for epsilon, relation in progress_bar(cells, desc="audit"):
             started = time.perf_counter()
             made = auditing.audit(epsilon, trials=options.trials, neighboring_relation=relation)
             found.append({**made.to_plain(), "seconds": round(time.perf_counter() - started, 1)})
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def intact() -> dict[str, Any]:
         alarms = [
             [name for name, finding in auditing.inspect().items() if finding.broken]
-            for _ in tqdm(range(options.repetitions), desc="intact", disable=None)
+            for _ in progress_bar(range(options.repetitions), desc="intact")
         ]
         return {"repetitions": options.repetitions, "flagged": sum(map(bool, alarms)), "alarms": sum(alarms, [])}
 

@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial import distance
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, hypernetwork, mechanism, release
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
+
+from ..progress import progress_bar
 
 CONFIDENCE = 0.99
 Released = tuple[Adapter, NDArray[np.float64] | None]
@@ -266,7 +267,7 @@ def _scores(
     scores: dict[str, list[NDArray[np.floating]]] = {"noisy sum": [], "adapter": [], "samples": []}
     closer = []
     rounds = zip(coins, releases, strict=True)
-    for present, (adapter, told_by_sum) in tqdm(rounds, desc="releases", total=len(coins), disable=None):
+    for present, (adapter, told_by_sum) in progress_bar(rounds, desc="releases", total=len(coins)):
         if told_by_sum is not None:
             scores["noisy sum"].append(told_by_sum)
         with torch.no_grad(), apply_adapters(base_model, adapter):

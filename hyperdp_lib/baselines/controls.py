@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hyperdp_lib import accounting, embedding, mechanism
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels, to_levels
+
+from ..progress import progress_bar
 
 
 class PublicTasks(Protocol):
@@ -76,7 +77,7 @@ class PublicBank:
         """Draw tasks and embed them; the same seed gives the same bank."""
         generator = torch.Generator().manual_seed(seed)
         means, pixels, chunk = [], [], 50
-        for start in tqdm(range(0, num_tasks, chunk), disable=None if progress else True, desc="public bank"):
+        for start in progress_bar(range(0, num_tasks, chunk), show=progress, desc="public bank"):
             drawn = tasks.sample_tasks(min(chunk, num_tasks - start), images_per_task, generator=generator)
             # through bytes first, so that the embedding belongs to the images that will be shown
             kept = to_levels(drawn).cpu()

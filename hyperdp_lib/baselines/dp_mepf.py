@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import accounting, artefacts, certificate, mechanism
 from hyperdp_lib.baselines import dp_training
@@ -45,6 +44,8 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
 from hyperdp_lib.ledger import LedgerEntry
+
+from ..progress import progress_bar
 
 Extractor = Callable[[Tensor], Tensor]
 """``(N, C, H, W)`` -> ``(N, D)``: features of each image from that image alone, differentiable, public and frozen."""
@@ -431,7 +432,7 @@ def fit_generator(
     adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=(0.5, 0.99))
     labels = torch.arange(classes, device=moments.device).repeat_interleave(each)
     running = torch.zeros_like(target)
-    for done in tqdm(range(config.num_steps), disable=None if progress else True, desc="DP-MEPF", unit="step"):
+    for done in progress_bar(range(config.num_steps), show=progress, desc="DP-MEPF", unit="step"):
         for group in adam.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done / config.num_steps))
         latents = torch.randn(classes * each, config.latent, generator=draws).to(moments.device)

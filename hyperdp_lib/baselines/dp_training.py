@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import artefacts, certificate, diffusion
 from hyperdp_lib.baselines import dp_sgd
@@ -34,6 +33,8 @@ from hyperdp_lib.baselines.dp_sgd import Gradients, LossFunction, PrivacyPlan
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.ledger import LedgerEntry
+
+from ..progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def train(
     seeds = None if seed is None else torch.Generator().manual_seed(seed)
     loss_function = loss_function or diffusion.denoising_loss
     started = time.perf_counter()
-    bar = tqdm(
+    bar = progress_bar(
         total=(len(names) if per_class else 1) * plan.num_steps,
-        disable=None if progress else True,
+        show=progress,
         desc="DP-SGD",
         unit="step",
     )

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from scipy.stats import norm
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hyperdp_lib import artefacts, certificate, diffusion, mechanism
 from hyperdp_lib.adapter import apply_adapters, lora_geometry
@@ -46,6 +45,8 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.embedding import fair_size, in_batches
 from hyperdp_lib.ledger import LedgerEntry
+
+from ..progress import progress_bar
 
 _BLOCK_LAYERS = r"(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|norm1\.linear)"
 SUBSETS: Mapping[str, str] = {
@@ -302,7 +303,7 @@ def train_dp_layer_search(
     base_losses = denoising_losses(base_model, private_images, config.score_draws)
     best: tuple[float, str, DPLora, float] | None = None
     number = private_selection.number_of_trials(config.mean_trials, config.shape, secret)
-    bar = tqdm(range(number), total=float("inf"), disable=None if progress else True, desc="layer search", unit="trial")
+    bar = progress_bar(range(number), total=float("inf"), show=progress, desc="layer search", unit="trial")
     for _ in bar:
         started = time.perf_counter()
         subset = config.candidates[int(secret.integers(len(config.candidates)))]
@@ -423,7 +424,7 @@ def choose_on_public(
     trials = {subset: config.trial(target_modules(subset, base_model)) for subset in config.candidates}
     scores: dict[str, list[float]] = {subset: [] for subset in trials}
     runs = [(public_set, subset) for public_set in public_sets for subset in trials]
-    for public_set, subset in tqdm(runs, disable=None if progress else True, desc="choice on public data"):
+    for public_set, subset in progress_bar(runs, show=progress, desc="choice on public data"):
         names = public_set.class_names or ("adapter",)
         rows = dp_training.check_private(public_set.images, public_set.labels, names)
         trained, _ = dp_lora.train_dp_lora(

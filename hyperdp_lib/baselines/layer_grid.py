@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from hyperdp_lib import artefacts, data, evaluation, records
 from hyperdp_lib.baselines import layer_classification
@@ -31,6 +30,8 @@ from hyperdp_lib.baselines.layer_classification import (
 )
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.evaluation import FeatureNetwork
+
+from ..progress import progress_bar
 
 LEARNING_RATES = (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)
 EPSILONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
@@ -171,7 +172,7 @@ def tune(results: Results, classifier: nn.Sequential, tasks: Any, num_private_de
     ]
     rates = len(grid.learning_rates)
     pairs = [(subset, epsilon) for epsilon in grid.tuned_at for subset in grid.subsets]
-    with tqdm(total=len(pairs) * (rates + min(2, rates)), desc="trials on public stand-ins", disable=None) as bar:
+    with progress_bar(total=len(pairs) * (rates + min(2, rates)), desc="trials on public stand-ins") as bar:
         for subset, epsilon in pairs:
             trials = {rate: f"{subset}_{budget_name(epsilon)}_lr{rate:g}" for rate in grid.learning_rates}
 
@@ -207,7 +208,7 @@ def run(results: Results, classifier: nn.Sequential, private_train: ImageSet, pr
     grid = results.grid
     assert private_test.labels is not None
     cells = [(seed, epsilon, subset) for seed in grid.seeds for epsilon in grid.epsilons for subset in grid.subsets]
-    for seed, epsilon, subset in tqdm(cells, desc="cells", disable=None):
+    for seed, epsilon, subset in progress_bar(cells, desc="cells"):
         name = f"{subset}_{budget_name(epsilon)}_seed{seed}"
         if name in results.content["cells"]:
             continue

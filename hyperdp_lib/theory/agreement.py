@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.records import provenance, write_atomically
 from hyperdp_lib.theory import bounds, deepsets, rivals, simulation, subspace
 from hyperdp_lib.theory.setting import LinearSetting, gdp_mu
 from hyperdp_lib.theory.simulation import Simulated
+
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -751,7 +752,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     wanted = [one for one in wanted if one.places(chosen.quick)]
     missing = [one for one in wanted if chosen.again or not _is_done(chosen.out, one, chosen.quick)]
-    with tqdm(total=sum(len(one.places(chosen.quick)) for one in missing), unit="point", disable=None) as bar:
+    with progress_bar(total=sum(len(one.places(chosen.quick)) for one in missing), unit="point") as bar:
         for one in missing:
             bar.set_description(one.name)
             started, clock = datetime.now(UTC), time.process_time()
