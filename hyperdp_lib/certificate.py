@@ -19,7 +19,14 @@ from typing import Any
 
 from hyperdp_lib import accounting
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
-from hyperdp_lib.ledger import LedgerEntry, conversion, gaussian_charge, gaussian_multipliers, ledger_epsilon
+from hyperdp_lib.ledger import (
+    CLASS_NAMES,
+    LedgerEntry,
+    conversion,
+    gaussian_charge,
+    gaussian_multipliers,
+    ledger_epsilon,
+)
 from hyperdp_lib.mechanism import GaussianSum
 from hyperdp_lib.strict_json import check_types, decode, loads, plain
 
@@ -231,7 +238,7 @@ def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[
 
 
 def _treatment(ledger: Sequence[LedgerEntry], secret: bool) -> str:
-    declared = "; ".join(entry.description for entry in ledger if not entry.private)
+    declared = "; ".join(entry.description for entry in ledger if not entry.private and entry.quantity != CLASS_NAMES)
     return f"declared public: {declared}" if declared else "not public" if secret else "public"
 
 

@@ -65,7 +65,7 @@ def _release(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from hyperdp_lib import cells, data, hypernetwork, looks, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
-    from hyperdp_lib.ledger import LedgerEntry
+    from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
     private = data.load_named_or_path(options.images, *_geometry(base_model), labelled=not options.unlabelled)
@@ -90,7 +90,7 @@ def _release(options: argparse.Namespace) -> None:
         else:
             network, text = cells.fit(network, _noise_std(options), per_class, labelled=labelled, num_classes=count)
         declared = f"number of images, about {options.declared_size}: {text}"
-        ledger = (LedgerEntry("declared_public", declared, 0.0, 0.0),)
+        ledger = (declaration(NUMBER_OF_IMAGES, declared),)
         _tell(f"declared public: {declared}")
     released = release.release(
         private_images.to(options.device),

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hyperdp_lib import accounting
-from hyperdp_lib.strict_json import check_types
+from hyperdp_lib.strict_json import check_types, later
 
 KINDS = ("gaussian", "dp_sgd", "other", "declared_public")
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
+NUMBER_OF_IMAGES, CLASS_SIZES, CLASS_NAMES = "number of images", "class sizes", "class names"
+QUANTITIES = (NUMBER_OF_IMAGES, CLASS_SIZES, CLASS_NAMES)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class LedgerEntry:
         Poisson sampling rate in (0, 1] and number of steps (``dp_sgd``).
     neighboring_relation : {"add_or_remove_one", "replace_one", "zero_out"}
         What its cost was computed for: costs under different relations do not add up.
+    quantity : {"number of images", "class sizes", "class names"} or None
+        What is declared public; None for what is protected, and in entries written before it existed.
     """
 
     kind: str
@@ -51,6 +55,7 @@ class LedgerEntry:
     sample_rate: float = 1.0
     steps: int = 1
     neighboring_relation: str = "add_or_remove_one"
+    quantity: str | None = later(None)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -67,11 +72,22 @@ class LedgerEntry:
         cost = (self.epsilon, self.delta, self.mu, self.noise_multiplier, self.sample_rate, self.steps)
         if self.kind == "declared_public" and cost != (0, 0, None, None, 1, 1):
             raise ValueError("what is declared public is outside the promise and has no cost or noise")
+        if self.quantity is not None and (self.kind, self.quantity in QUANTITIES) != ("declared_public", True):
+            raise ValueError(f"what is declared public must be one of {', '.join(QUANTITIES)}")
 
     @property
     def private(self) -> bool:
         """Whether it was protected by noise (and not declared public)."""
         return self.kind != "declared_public"
+
+
+def declaration(quantity: str, description: str) -> LedgerEntry:
+    """Entry of a private quantity that is declared public.
+
+    >>> declaration(CLASS_NAMES, "class names: cat, dog").private
+    False
+    """
+    return LedgerEntry("declared_public", description, 0.0, 0.0, quantity=quantity)
 
 
 def gaussian_charge(

@@ -36,7 +36,7 @@ from torch import Tensor
 from hyperdp_lib import mechanism, posterior
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import embed_rows
-from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
+from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration, gaussian_charge
 from hyperdp_lib.mechanism import Batch, GaussianSum
 from hyperdp_lib.posterior import Prior
 
@@ -238,10 +238,10 @@ def charge(first: GaussianSum, delta: float) -> LedgerEntry:
 
 
 def declared(ledger: Sequence[LedgerEntry], size: float) -> tuple[LedgerEntry, ...]:
-    """The ledger, in which the declared size is: entered here, unless what is declared public is there already."""
-    if not all(entry.private for entry in ledger):
+    """The ledger, in which the declared size is: entered here, unless it is there already."""
+    if any(entry.quantity == NUMBER_OF_IMAGES for entry in ledger):
         return tuple(ledger)
-    return (*ledger, LedgerEntry("declared_public", f"number of images, about {size:g}", 0.0, 0.0))
+    return (*ledger, declaration(NUMBER_OF_IMAGES, f"number of images, about {size:g}"))
 
 
 def pooled_count(declared: float, trust: float, noisy: tuple[float, float]) -> float:

@@ -10,12 +10,26 @@ import typing
 from typing import Any
 
 _INFINITY = "infinity"  # JSON has no infinite number
+_LATER = "later"
+
+
+def later(default: Any) -> Any:
+    """A dataclass field that files written before it existed do not have."""
+    return dataclasses.field(default=default, metadata={_LATER: True})
 
 
 def plain(record: Any) -> Any:
-    """A dataclass as dictionaries, lists, strings, numbers, true, false and null."""
+    """A dataclass as dictionaries, lists, strings, numbers, true, false and null.
+
+    A field made by `later` is left out while it has its default, so that older files read and hash as before.
+    """
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {item.name: plain(getattr(record, item.name)) for item in dataclasses.fields(record)}
+        values = {item: getattr(record, item.name) for item in dataclasses.fields(record)}
+        return {
+            item.name: plain(value)
+            for item, value in values.items()
+            if not (item.metadata.get(_LATER) and value == item.default)
+        }
     if isinstance(record, (list, tuple)):
         return [plain(value) for value in record]
     if isinstance(record, dict):
@@ -77,11 +91,12 @@ def _decode(value: Any, hint: Any, name: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         _require(isinstance(value, dict), name, "an object")
         hints = typing.get_type_hints(hint)
-        if missing := sorted(hints.keys() - value.keys()):
+        absent = {item.name for item in dataclasses.fields(hint) if item.metadata.get(_LATER)} - value.keys()
+        if missing := sorted(hints.keys() - value.keys() - absent):
             raise ValueError(f"{name} lacks {', '.join(missing)}")
         if unknown := sorted(value.keys() - hints.keys()):
             raise ValueError(f"{name} has unknown {', '.join(map(repr, unknown))}")
-        return hint(**{key: _decode(value[key], hints[key], key) for key in hints})
+        return hint(**{key: _decode(value[key], hints[key], key) for key in hints.keys() - absent})
     if hint is float:
         if value == _INFINITY:
             return math.inf

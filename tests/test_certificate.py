@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from hyperdp_lib import accounting, artefacts
 from hyperdp_lib import certificate as certificates
 from hyperdp_lib.certificate import STAMP, Certificate, LedgerEntry, gaussian_certificate, gaussian_charge
-from hyperdp_lib.ledger import conversion, ledger_epsilon
+from hyperdp_lib.ledger import CLASS_NAMES, CLASS_SIZES, NUMBER_OF_IMAGES, conversion, declaration, ledger_epsilon
+from hyperdp_lib.looks import declared
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
 from hyperdp_lib.verification import verify
 
@@ -186,6 +187,26 @@ def test_a_declared_size_is_said_to_be_public():
     told = make_certificate(ledger=(declared,)).num_private_treatment
     assert told == "declared public: number of images, about 20; noisy count released in the same sum"
     assert make_certificate().num_private_treatment.startswith("not public; noisy count")
+
+
+def test_what_is_declared_of_one_kind_hides_no_other():
+    """Class names and class sizes in the ledger do not stand for the number of images."""
+    names, sizes = declaration(CLASS_NAMES, "class names: cat, dog"), declaration(CLASS_SIZES, "10 of each class")
+    size = declaration(NUMBER_OF_IMAGES, "number of images, about 20")
+    assert declared((names, sizes), 20) == (names, sizes, size) and declared((size, names), 30) == (size, names)
+    assert make_certificate(ledger=(names,)).num_private_treatment.startswith("not public; noisy count")
+    assert make_certificate(ledger=(names, size)).num_private_treatment.startswith("declared public: number of images")
+
+
+def test_certificates_from_before_quantities_were_typed_still_read():
+    """A ledger without the field is read, written and hashed as it was; the field stands where it says something."""
+    old = make_certificate(ledger=(LedgerEntry("declared_public", "number of images, about 20", 0.0, 0.0),))
+    assert "quantity" not in old.to_json() and Certificate.from_json(old.to_json()) == old
+    new = make_certificate(ledger=(declaration(CLASS_NAMES, "class names: cat, dog"),))
+    assert '"quantity": "class names"' in new.to_json() and Certificate.from_json(new.to_json()) == new
+    for kind, quantity in (("declared_public", "weather"), ("other", CLASS_NAMES)):
+        with pytest.raises(ValueError, match="declared public must be one of"):
+            LedgerEntry(kind, "x", 0.0, 0.0, quantity=quantity)
 
 
 def test_the_route_to_epsilon_does_not_depend_on_what_was_declared():

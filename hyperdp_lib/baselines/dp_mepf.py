@@ -43,7 +43,7 @@ from hyperdp_lib.baselines import dp_training
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
-from hyperdp_lib.ledger import LedgerEntry
+from hyperdp_lib.ledger import CLASS_SIZES, LedgerEntry, declaration
 
 from ..progress import progress_bar
 
@@ -467,7 +467,7 @@ def _certify(
     if state := _state(extractor):
         fields["encoder_sha256"] = artefacts.tensors_sha256(state)
     if config.public_class_counts:
-        declared = (LedgerEntry("declared_public", "number of images of each class", 0.0, 0.0),)
+        declared = (declaration(CLASS_SIZES, "number of images of each class"),)
     if release.noise_multiplier == 0:
         return certificate.ledger_certificate(
             (*declared, LedgerEntry("other", f"{what}, without noise", math.inf, 0.0)),

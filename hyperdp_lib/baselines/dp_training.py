@@ -32,7 +32,7 @@ from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.baselines.dp_sgd import Gradients, LossFunction, PrivacyPlan
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.ledger import LedgerEntry
+from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
 from ..progress import progress_bar
 
@@ -249,7 +249,7 @@ def dp_sgd_charge(
 
 def declared_size(num_private_declared: int) -> LedgerEntry:
     """The ledger's entry for the declared number of images: sampling rate and denominator follow from it."""
-    return LedgerEntry("declared_public", f"number of images to plan for, {num_private_declared}", 0.0, 0.0)
+    return declaration(NUMBER_OF_IMAGES, f"number of images to plan for, {num_private_declared}")
 
 
 def trainable(model: nn.Module) -> nn.Module:
