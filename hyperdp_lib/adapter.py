@@ -43,6 +43,7 @@ __all__ = [
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+_ALWAYS_WRITTEN = ("peft_type", "task_type", "r", "lora_alpha", "target_modules")
 
 _layers_in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -273,6 +274,8 @@ def save_adapter(
 ) -> None:
     """Write ONE adapter as a standard PEFT folder: ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
 
+    PEFT from 0.12.0 on, unless the configuration uses what only a later version knows.
+
     The folder gets ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``; it is made if
     missing, and the same adapter always gives the same bytes.
 
@@ -298,7 +301,9 @@ def save_adapter(
             # The exact key of PEFT's own state dict, without the adapter's name.
             key = f"base_model.model.{module.name}.lora_{letter}.weight"
             tensors[key] = factor.detach()[0].cpu().contiguous()
-    config = adapter.lora_config.to_dict()
+    # A key that is unknown to it is an error for an older PEFT, so what is as by default is not written.
+    config, usual = adapter.lora_config.to_dict(), type(adapter.lora_config)().to_dict()
+    config = {key: value for key, value in config.items() if key in _ALWAYS_WRITTEN or value != usual.get(key)}
     config["base_model_name_or_path"] = base_model_name_or_path
     config["inference_mode"] = True
     # PEFT writes sets in hash order, which changes from one process to the next.
