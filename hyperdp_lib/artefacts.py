@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,7 +17,10 @@ from typing import Any
 import numpy as np
 
 CERTIFICATE_FILE = "certificate.json"
+PARTS_FILE = "parts.json"  # of a release whose classes are mixtures: how often each part is drawn
 EMBEDDING_FILE = "embedding.safetensors"
+BASE_FOLDER = "base"  # the diffusers base model of a release
+BASE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 EMBEDDING_TENSOR = "noisy_sum"  # float64 (num_rows, dimension), integer multiples of clip_norm / 2**grid_bits
 
 
@@ -33,6 +37,32 @@ def file_sha256(path: str | Path) -> str:
     """Hash of one file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """Content of a regular file of at most ``most`` bytes.
+
+    A link, a pipe, a device, a folder or a longer file is an OSError; none is waited for.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        for flag in ("O_NOFOLLOW", "O_NONBLOCK"):  # should it become another kind of file in between
+            flags |= getattr(os, flag, 0)
+        return os.open(name, flags)
+
+    def check(found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("is a link" if stat.S_ISLNK(found.st_mode) else "is not a regular file")
+        if found.st_size > most:
+            raise OSError(f"is larger than {most} bytes")
+
+    check(os.lstat(path))
+    with open(path, "rb", opener=opener) as file:
+        check(os.fstat(file.fileno()))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"is larger than {most} bytes")
+    return content
 
 
 def tensors_sha256(tensors: Mapping[str, Any]) -> str:

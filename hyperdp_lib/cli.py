@@ -109,7 +109,6 @@ def _release(options: argparse.Namespace) -> None:
         options.out,
         released,
         base_model.to(options.device),
-        base_model_name=_base_model_name(options.hypernetwork),
         num_samples=options.num_samples,
         overwrite=options.overwrite,
     )
@@ -133,8 +132,11 @@ def _sample(options: argparse.Namespace) -> None:
 
     from hyperdp_lib import classifier, data, diffusion, hypernetwork, release
 
-    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
-    released = release.load_release(options.folder, base_model) if options.labels != "drawn" else None
+    if options.labels == "drawn" and options.hypernetwork is None and release.holds_base(options.folder):
+        base_model, released = release.load_base(options.folder), None
+    else:
+        base_model, network = hypernetwork.load_pretrained(_weights_of(options))
+        released = release.load_release(options.folder, base_model) if options.labels != "drawn" else None
     adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
     class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
     adapter = adapter.to(options.device)
@@ -201,9 +203,10 @@ def _refine(options: argparse.Namespace) -> None:
         "neighbours": lambda: neighbours.NeighboursConfig(num_sets=options.num_sets),
         "draws": lambda: posterior.DrawsConfig(num_draws=options.num_draws, average=options.average),
     }[options.how]()
-    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
+    weights = _weights_of(options)
+    base_model, network = hypernetwork.load_pretrained(weights)
     settings = Settings(bank_tasks=1000, bank_images=12) if options.how == "draws" else Settings()
-    bank = comparison.bank_source(None, settings, comparison.weights_name(options.hypernetwork))
+    bank = comparison.bank_source(None, settings, comparison.weights_name(weights))
     released = release.load_release(options.folder, base_model)
     refined = refinement.refine_release(
         released,
@@ -218,7 +221,6 @@ def _refine(options: argparse.Namespace) -> None:
         options.out,
         refined,
         base_model,
-        base_model_name=_base_model_name(options.hypernetwork),
         num_samples=options.num_samples,
         overwrite=options.overwrite,
     )
@@ -417,15 +419,19 @@ def _train(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
         _refuse(f"no such release folder: {str(options.folder)!r}; give the --out folder of hyperdp release")
-    from hyperdp_lib import certificate
+    from hyperdp_lib import certificate, verification
 
     problems = certificate.verify(options.folder)
+    notes = verification.unknown_models(options.folder)
     if options.json:
-        print(json.dumps({"ok": not problems, "problems": problems}))
+        print(json.dumps({"ok": not problems, "problems": problems, "notes": notes}))
     elif problems:
         print(*problems, sep="\n")
     else:
-        print(f"ok: the certificate of {options.folder} recomputes")
+        print(f"ok: {options.folder} holds what its certificate lists and nothing else; the certificate recomputes")
+    if not options.json:
+        for note in notes:
+            _tell(f"note: {note}")
     return 1 if problems else 0
 
 
@@ -623,12 +629,11 @@ def _noise_std(options: argparse.Namespace) -> float:
     return sums.noise_std
 
 
-def _base_model_name(hypernetwork: str) -> str:
-    """Where diffusers finds the base model: what the adapter's configuration says."""
-    from hyperdp_lib.hypernetwork import WEIGHTS, foundation, resolve
+def _weights_of(options: argparse.Namespace) -> str:
+    """Weights to read a release with: as asked for, else those that its certificate names, if they are shipped."""
+    from hyperdp_lib import verification
 
-    folder = foundation(resolve(hypernetwork))
-    return f"hyperdp_lib/weights/{folder.name}/base" if folder.parent == WEIGHTS else f"{hypernetwork}/base"
+    return options.hypernetwork or verification.shipped_for(options.folder) or DEFAULT_HYPERNETWORK
 
 
 def feature_network(name_or_path: str) -> Any:
@@ -717,7 +722,7 @@ def _parser() -> Parser:
         help="the class drawn for; or so, and of three times as many only images that the release gives to it; "
         "or all, each with the class that the release gives it; default: drawn",
     )
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--hypernetwork", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
     add("--out", type=Path, required=True, metavar="NPZ", help="images (uint8) and, with classes, labels")
     add("--grid", type=Path, metavar="PNG", help="also write a sheet of samples")
     add("--overwrite", action="store_true", help="replace existing files")
@@ -735,7 +740,7 @@ def _parser() -> Parser:
     add("--num-draws", type=int, default=8, help="of draws: how many; 0 for the posterior mean; default: 8")
     add("--average", action="store_true", help="of draws: one adapter, the average of all, and not their mixture")
     add("--seed", type=_seed, default=0, help="of the samples, public; default: 0")
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--hypernetwork", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace an earlier release in --out")

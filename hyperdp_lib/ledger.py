@@ -130,7 +130,9 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     """
     private = [entry for entry in ledger if entry.private]
     for entry in private:
-        if entry.neighboring_relation != neighboring_relation and math.isfinite(entry.epsilon):
+        if math.isinf(entry.epsilon):
+            return math.inf  # also where its noise would say less: the whole costs at least what each part does
+        if entry.neighboring_relation != neighboring_relation:
             raise ValueError(
                 f"the ledger entry {entry.description!r} was charged for {entry.neighboring_relation}, "
                 f"and the release is for {neighboring_relation}; charge both for the same relation"

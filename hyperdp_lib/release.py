@@ -6,6 +6,7 @@ only, and is therefore free of privacy cost.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -19,22 +20,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib import accounting, certificate, looks, mechanism, strict_json
 from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
-from hyperdp_lib.artefacts import CERTIFICATE_FILE, EMBEDDING_FILE, EMBEDDING_TENSOR, tensors_sha256
+from hyperdp_lib.artefacts import (
+    BASE_FILES,
+    BASE_FOLDER,
+    CERTIFICATE_FILE,
+    EMBEDDING_FILE,
+    EMBEDDING_TENSOR,
+    PARTS_FILE,
+    read_regular,
+    tensors_sha256,
+)
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, save_grid
-from hyperdp_lib.diffusion import sample_classes
+from hyperdp_lib.diffusion import load_base_model, sample_classes
 from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.ledger import LedgerEntry
 
-PARTS_FILE = "parts.json"  # of a release whose classes are mixtures: how often each part is drawn
 MOST_PARTS = 100  # of a class
+MOST_BYTES = 2**30  # of one file that is read back
 
 
 class Release(NamedTuple):
@@ -196,23 +206,25 @@ def save_release(
     released: Release,
     base_model: nn.Module,
     *,
-    base_model_name: str = "hyperdp_lib/weights/glyphs/base",
     num_samples: int = 100,
     overwrite: bool = False,
 ) -> Path:
-    """Write the release folder: PEFT adapter(s), certificate, noisy sum, model card, sample sheet.
+    """Write the release folder: PEFT adapter(s), base model, certificate, noisy sum, model card, sample sheet.
 
-    The folder appears complete or not at all: it is written beside its place and then renamed.
+    The folder appears complete or not at all: it is written beside its place and then renamed. Every path in it, in
+    cards and configurations, is relative to the folder itself.
 
     Raises
     ------
     InputError
-        if the folder exists and ``overwrite`` is False.
+        if the folder exists and ``overwrite`` is False, or if ``base_model`` is not the one of the release.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise InputError(f"{str(folder)!r} exists: choose another --out, or --overwrite")
     _folder_names(released.certificate.class_names)
+    if released.certificate.base_model_sha256 not in (None, tensors_sha256(base_model.state_dict())):
+        raise InputError("the base model is not the one that the release was made for")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     adapter, statement, noisy_sum = released
@@ -220,11 +232,12 @@ def save_release(
         os.chmod(temporary, 0o755)
         members = _members(adapter, statement.class_names or ("",))
         for where, (i, _) in members.items():
-            card = model_card(statement, adapter.lora_config, base_model, base_model_name, where)
-            save_adapter(adapter[i], temporary / where, base_model_name_or_path=base_model_name, model_card=card)
+            card = model_card(statement, adapter.lora_config, base_model, where)
+            save_adapter(adapter[i], temporary / where, base_model_name_or_path=BASE_FOLDER, model_card=card)
         if "" not in members:
-            card = model_card(statement, adapter.lora_config, base_model, base_model_name, next(iter(members)))
+            card = model_card(statement, adapter.lora_config, base_model, next(iter(members)))
             (temporary / "README.md").write_text(card, encoding="utf-8")
+        _save_base(base_model, temporary / BASE_FOLDER)
         if len(members) > max(1, len(statement.class_names)):
             shares = {where: count for where, (_, count) in members.items()}
             (temporary / PARTS_FILE).write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
@@ -247,6 +260,41 @@ def save_release(
     return folder
 
 
+def _save_base(base_model: nn.Module, folder: Path) -> None:
+    """A diffusers folder; in half precision where that loses nothing. It names no place on this machine."""
+    model: Any = copy.deepcopy(base_model).cpu()
+    kept = tensors_sha256(model.state_dict())
+    if tensors_sha256({key: value.half().float() for key, value in model.state_dict().items()}) == kept:
+        model = model.half()
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def holds_base(folder: str | Path) -> bool:
+    """Whether a release's certificate lists a base model, which the folder then holds."""
+    statement = _read_certificate(Path(folder))
+    return statement is not None and f"{BASE_FOLDER}/{BASE_FILES[0]}" in statement.artefact_sha256
+
+
+def load_base(folder: str | Path) -> nn.Module:
+    """The base model in a release folder: float32, in evaluation mode, frozen.
+
+    Raises
+    ------
+    InputError
+        if there is none, or it is damaged.
+    """
+    try:
+        return load_base_model(Path(folder) / BASE_FOLDER)
+    except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the base model in {str(folder)!r} is missing or damaged ({type(error).__name__}); see hyperdp verify"
+        ) from error
+
+
 def _members(adapter: Adapter, class_names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Folder of each different adapter of a release -> its place among the members, and how many of them it is.
 
@@ -267,10 +315,10 @@ def _same(adapter: Adapter, i: int, j: int) -> bool:
     return all(torch.equal(factor[i], factor[j]) for factor in adapter.parameters())
 
 
-def load_release(folder: str | Path, base_model: nn.Module) -> Release:
-    """Inverse of `save_release`, for the base model it was made for.
+def load_release(folder: str | Path, base_model: nn.Module | None = None) -> Release:
+    """Inverse of `save_release`, for the base model it was made for: by default the one in the folder.
 
-    It reads; whether the folder is what its certificate says is the question of `certificate.verify`.
+    It reads what the certificate lists; whether that is what was released is the question of `certificate.verify`.
 
     Raises
     ------
@@ -282,9 +330,10 @@ def load_release(folder: str | Path, base_model: nn.Module) -> Release:
     if statement is None:
         raise InputError(f"no release in {str(folder)!r}: give the --out folder of hyperdp release.")
     try:
-        noisy_sum = load_file(str(folder / EMBEDDING_FILE))[EMBEDDING_TENSOR]
+        noisy_sum = from_safetensors(read_regular(folder / EMBEDDING_FILE, MOST_BYTES))[EMBEDDING_TENSOR]
     except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{EMBEDDING_FILE} in {str(folder)!r} is missing or damaged; see hyperdp verify") from error
+    base_model = load_base(folder) if base_model is None else base_model
     return Release(_adapters(folder, statement, base_model), statement, noisy_sum)
 
 
@@ -309,8 +358,10 @@ def _adapters(folder: Path, statement: Certificate | None, base_model: nn.Module
     expected = statement.base_model_sha256 if statement else None
     if expected is not None and expected != tensors_sha256(base_model.state_dict()):
         raise InputError(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
-    if (folder / PARTS_FILE).is_file():
+    if statement and PARTS_FILE in statement.artefact_sha256:
         return _load_parts(folder, names, base_model)
+    if os.path.lexists(folder / PARTS_FILE):
+        raise InputError(f"no certificate lists the {PARTS_FILE} in {str(folder)!r}; see hyperdp verify")
     if not names:
         return load_adapter(folder, base_model)
     return concatenate([load_adapter(folder / "classes" / name, base_model) for name in names], names)
@@ -320,7 +371,7 @@ def _load_parts(folder: Path, class_names: Sequence[str], base_model: nn.Module)
     """Mixtures: every part as often as the file says, the same number for each class."""
     places = {f"classes/{name}" if name else "": name for name in class_names or ("",)}
     try:
-        shares = strict_json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
+        shares = strict_json.loads(read_regular(folder / PARTS_FILE, MOST_BYTES).decode("utf-8"))
         found: dict[str, list[tuple[str, int]]] = {place: [] for place in places}
         for where, count in shares.items():
             place, _, part = where.rpartition("/")
@@ -364,12 +415,10 @@ def _write_samples(
         save_grid(path, ImageSet(images, owner, tuple(class_names)), columns=share)
 
 
-def model_card(
-    statement: Certificate, lora_config, base_model: nn.Module, base_model_name: str, where: str
-) -> str:
+def model_card(statement: Certificate, lora_config: Any, base_model: nn.Module, where: str) -> str:
     """Text of README.md. Its first line is the certificate's sentence; the code in it needs diffusers and PEFT only.
 
-    ``where`` is the adapter's folder in the release, such as ``classes/3`` or ``classes/3/part_02``.
+    The code runs in the release folder. ``where`` is the adapter's folder in it, such as ``classes/3/part_02``.
     """
     folders, what = where.split("/"), "one unlabelled data set"
     if statement.class_names:
@@ -380,19 +429,28 @@ def model_card(
     shape: Any = base_model.config
     channels, size = shape.in_channels, shape.sample_size
     afterwards = "".join(f"\nAfter the release: {note}." for note in statement.post_processing)
+    told = "".join(
+        f"\n- {'measured' if entry.private else 'declared public'}: {entry.description}" for entry in statement.ledger
+    )
+    if statement.num_rows and statement.dimension:
+        told += f"\n- what was decoded: {statement.num_rows} x {statement.dimension} numbers, in `{EMBEDDING_FILE}`"
     return f"""{statement.sentence}
 
-LoRA adapter (rank {lora_config.r}) for the diffusion model `{base_model_name}`; {what}.
-Made from private images by one noisy sum of embeddings and a hypernetwork trained on public data.
+LoRA adapter (rank {lora_config.r}) for the diffusion model in `{BASE_FOLDER}`; {what}.
+A hypernetwork trained on public data made it. Of the private images, the privacy ledger says:
+{told}
+
 `certificate.json` says exactly what was released; `hyperdp verify` recomputes it.{afterwards}
+
+The code runs in the folder of the release, the one with `certificate.json` in it.
 
 ```python
 import torch
 from diffusers import {type(base_model).__name__}, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 
-base = {type(base_model).__name__}.from_pretrained("{base_model_name}").float()
-model = PeftModel.from_pretrained(base, "{where}").eval()
+base = {type(base_model).__name__}.from_pretrained("{BASE_FOLDER}").float()
+model = PeftModel.from_pretrained(base, {where!r}).eval()
 scheduler = FlowMatchEulerDiscreteScheduler()
 scheduler.set_timesteps(20)
 x = torch.randn(16, {channels}, {size}, {size})

@@ -1,9 +1,12 @@
 """Certificates: strict JSON, honest sentences, the ledger, and a verification that finds every tampering."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hyperdp_lib import accounting, artefacts
+from hyperdp_lib import accounting, artefacts, verification
 from hyperdp_lib import certificate as certificates
 from hyperdp_lib.certificate import STAMP, Certificate, LedgerEntry, gaussian_certificate, gaussian_charge
 from hyperdp_lib.ledger import CLASS_NAMES, CLASS_SIZES, NUMBER_OF_IMAGES, conversion, declaration, ledger_epsilon
@@ -23,17 +26,24 @@ MULTIPLIER = accounting.noise_multiplier(1.0, 1e-5)
 CONFIG = GaussianSum(dimension=8, noise_multiplier=MULTIPLIER, num_rows=2)
 
 
+BASE = {"weight": np.arange(3, dtype=np.float16)}
+BASE_SHA256 = artefacts.tensors_sha256({"weight": np.arange(3, dtype=np.float32)})
+
+
 def make_certificate(**changes):
-    known = {"epsilon": 1.0, "seeded": False, "class_names": ("0", "1"), "base_model_sha256": "b" * 64}
+    known = {"epsilon": 1.0, "seeded": False, "class_names": ("0", "1"), "base_model_sha256": BASE_SHA256}
     return gaussian_certificate(CONFIG, 1e-5, **(known | changes))
 
 
 def write_release(folder, certificate, config=CONFIG):
-    """A small but complete release: two class adapters, the embedding, the card and the certificate."""
+    """A small but complete release: two class adapters, the base model, the embedding, the card, the certificate."""
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    save_file(BASE, folder / "base" / "diffusion_pytorch_model.safetensors")
     for name in certificate.class_names:
         adapter = folder / "classes" / name
         adapter.mkdir(parents=True)
-        (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "glyphs"}')
+        (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
         save_file({"lora_A": np.ones((2, 3), np.float32)}, adapter / "adapter_model.safetensors")
     released = noisy_sum([], config, seed=None if certificate.private else 0)
     save_file({"noisy_sum": released}, folder / "embedding.safetensors")
@@ -330,7 +340,7 @@ def test_wrong_fields(key, value):
 
 def test_an_intact_release_has_no_problems(intact):
     assert verify(intact) == []
-    assert certificates.verify(intact, base_model_sha256="b" * 64) == []
+    assert certificates.verify(intact, base_model_sha256=BASE_SHA256) == []
 
 
 @pytest.mark.parametrize("epsilon", [0.25, 8.0])
@@ -383,7 +393,7 @@ def test_a_dp_sgd_release_verifies(tmp_path):
         sensitivity=0.5,
     )
     assert certificate.epsilon == 2.0 and certificate.rho is None
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "glyphs"}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     save_file({"lora_A": np.ones((2, 3), np.float32)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "README.md").write_text(certificate.sentence)
     certificates.write_certificate(certificate, tmp_path)
@@ -473,6 +483,7 @@ def symlink(folder):
 
 def outside(folder):
     listed = read(folder).artefact_sha256 | {
+        "./README.md": "0" * 64,
         "../../etc/passwd": "0" * 64,
         "/etc/passwd": "0" * 64,
         "a\0b": "0",
@@ -481,19 +492,79 @@ def outside(folder):
     (folder / "certificate.json").write_text(changed.to_json())
 
 
+def replace_by(path, make):
+    path.unlink()
+    make(path)
+
+
+def move_away(path):
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def open_socket(folder):
+    with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(folder):
+        one.bind("socket")
+
+
+def other_weights(folder):
+    save_file({"weight": np.zeros(3, np.float16)}, folder / "base" / "diffusion_pytorch_model.safetensors")
+    rewrite(folder)
+
+
 TAMPERINGS = {
     "adapter swapped": (swap_adapters, "is not the file that was released"),
     "class adapter added": (unlisted_class, "classes/2 is not listed"),
-    "adapter for another base": (other_base, "different base models"),
+    "adapter for another base": (other_base, "classes/1/adapter_config.json is for another base model"),
     "adapter configuration broken": (broken_config, "not the configuration of an adapter"),
     "adapter missing": (lambda f: (f / "classes/0/adapter_model.safetensors").unlink(), "is missing"),
     "embedding changed": (changed_embedding, "is not the file that was released"),
     "embedding in float32": (float32_embedding, "one float64 tensor"),
     "embedding not finite": (nan_embedding, "not finite"),
     "embedding truncated": (truncated_embedding, "not a safetensors file"),
-    "embedding a link": (symlink, "not a file of this folder"),
-    "files outside": (outside, "not a file of this folder"),
-    "pickle added": (lambda f: (f / "weights.pkl").write_bytes(b"x"), "can carry code"),
+    "embedding a link": (symlink, "embedding.safetensors is a link"),
+    "files outside": (outside, "'../../etc/passwd', which is not a file of a release"),
+    "pickle added": (lambda f: (f / "weights.pkl").write_bytes(b"x"), "weights.pkl is not listed"),
+    "program added": (lambda f: (f / "run.sh").write_text("true"), "run.sh is not listed"),
+    "notebook added": (lambda f: (f / "classes/0/demo.ipynb").write_text("{}"), "classes/0/demo.ipynb is not listed"),
+    "hidden file added": (lambda f: (f / "base/.profile").write_text(""), "base/.profile is not listed"),
+    "unprintable name added": (lambda f: (f / "a\x1b[2J").write_text(""), "'a\\x1b[2J' is not listed"),
+    "empty folder added": (lambda f: (f / "classes" / "2").mkdir(), "classes/2 is not listed"),
+    "parts added": (
+        lambda f: (f / "parts.json").write_text('{"classes/0": 20, "classes/1": 20}'),
+        "parts.json is not listed",
+    ),
+    "parts that do not add up": (
+        lambda f: [(f / "parts.json").write_text('{"classes/0": 20, "classes/1": 1}'), rewrite(f)],
+        "parts.json is not a list of the adapters",
+    ),
+    "a listed program": (lambda f: [(f / "run.py").write_text(""), rewrite(f)], "'run.py', which is not a file of a"),
+    "pipe added": (lambda f: os.mkfifo(f / "pipe"), "pipe is not listed"),
+    "socket added": (open_socket, "socket is not listed"),
+    "pipe in place of weights": (
+        lambda f: replace_by(f / "classes/0/adapter_model.safetensors", os.mkfifo),
+        "adapter_model.safetensors is not a regular file",
+    ),
+    "pipe in place of the card": (lambda f: replace_by(f / "README.md", os.mkfifo), "README.md is not a regular file"),
+    "pipe in place of the certificate": (lambda f: replace_by(f / "certificate.json", os.mkfifo), "cannot be read"),
+    "device in place of the card": (
+        lambda f: replace_by(f / "README.md", lambda path: path.symlink_to("/dev/zero")),
+        "README.md is a link",
+    ),
+    "certificate a link": (lambda f: move_away(f / "certificate.json"), "cannot be read"),
+    "folder a link": (lambda f: move_away(f / "classes" / "0"), "classes/0 is not listed"),
+    "endless card": (lambda f: os.truncate(f / "README.md", 2**40), "README.md is larger than"),
+    "endless weights": (
+        lambda f: os.truncate(f / "classes/0/adapter_model.safetensors", 2**40),
+        "adapter_model.safetensors is larger than",
+    ),
+    "base model swapped": (other_weights, "base is not the base model that the certificate names"),
+    "base model missing": (lambda f: [shutil.rmtree(f / "base"), rewrite(f)], "lists no base model"),
+    "base model broken": (lambda f: [(f / "base/config.json").write_text("["), rewrite(f)], "is not a base model"),
+    "a class's card changed": (
+        lambda f: [(f / "classes/0/README.md").write_text("Perfect."), rewrite(f)],
+        "the first line of classes/0/README.md",
+    ),
     "card changed": (lambda f: (f / "README.md").write_text("Perfectly private."), "README.md"),
     "card missing": (lambda f: (f / "README.md").unlink(), "README.md is missing"),
     "certificate missing": (lambda f: (f / "certificate.json").unlink(), "cannot be read"),
@@ -511,6 +582,95 @@ def test_tampering_is_found(release, name):
     tamper(release)
     problems = verify(release)
     assert any(expected in problem for problem in problems), problems
+
+
+def everything(folder):
+    return sorted(path for path in folder.rglob("*") if path.name != "certificate.json")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_file_changed_added_or_taken_away_is_found(intact, tmp_path, data):
+    """Whatever else is in the folder than what was written, anywhere and of any kind, is a problem."""
+    copy = shutil.copytree(intact, tmp_path / str(len(list(tmp_path.iterdir()))))
+    assert verify(copy) == []
+    path = data.draw(st.sampled_from(everything(copy)))
+    act = data.draw(st.sampled_from(["add", "change", "remove", "link", "pipe", "folder"]))
+    if act == "add":
+        where = path if path.is_dir() else path.parent
+        name = data.draw(st.text("abz.-_é", min_size=1, max_size=8).filter(lambda name: name.strip(".")))
+        (where / f"{name}{data.draw(st.sampled_from(['', '.json', '.py', '.safetensors', '.md', '.png']))}").touch()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    elif act == "change":
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+    else:
+        path.unlink()
+        if act == "link":
+            path.symlink_to(intact / path.relative_to(copy))
+        elif act == "pipe":
+            os.mkfifo(path)
+        elif act == "folder":
+            path.mkdir()
+    assert verify(copy) != []
+
+
+def dp_sgd_folder(folder, charges, **numbers):
+    made = certificates.ledger_certificate(
+        charges, 1e-5, method="dp_lora", mechanism=certificates.DP_SGD, neighboring_relation="replace_one",
+        rng=certificates.FLOAT_NOISE, num_private=50, **numbers,
+    )  # fmt: skip
+    (folder / "README.md").write_text(made.sentence)
+    certificates.write_certificate(made, folder)
+    return made
+
+
+@pytest.mark.parametrize("same_multiplier", [True, False])
+@pytest.mark.parametrize("sensitivity, honest", [(1.0, True), (0.5, False)])
+def test_a_sampled_run_does_not_excuse_a_full_batch_one(tmp_path, same_multiplier, sensitivity, honest):
+    """Under replacement a full batch moves by twice the clip norm, whatever else stands in the ledger."""
+    full = LedgerEntry("dp_sgd", "full batches", 2.0, 5e-6, None, 40.0, 1.0, 50, "replace_one")
+    sampled = LedgerEntry(
+        "dp_sgd", "sampled", 2.0, 5e-6, None, 40.0 if same_multiplier else 41.0, 0.1, 50, "replace_one"
+    )
+    numbers = dict(noise_multiplier=40.0, noise_std=40.0 * sensitivity, clip_norm=0.5, sensitivity=sensitivity)
+    dp_sgd_folder(tmp_path, (full, sampled), **numbers)
+    assert any("must be 2 times the clip norm" in problem for problem in verify(tmp_path)) != honest
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "dp_sgd", "other"])
+def test_an_entry_without_a_finite_epsilon_does_not_escape_the_relation(release, kind):
+    """Noise for a removal, sold for a replacement, under an entry that states an infinite epsilon."""
+    entry = dataclasses.replace(read(release).ledger[0], kind=kind, epsilon=math.inf)
+    assert ledger_epsilon([entry], 1e-5, "replace_one") == math.inf
+    rewrite(
+        release, ledger=(*read(release).ledger, entry), neighboring_relation="add_or_remove_one",
+        mechanism=certificates.GAUSSIAN_SUM,
+    )  # fmt: skip
+    problems = verify(release)
+    assert any("states no finite epsilon, and the certificate does" in problem for problem in problems), problems
+
+
+def test_entries_for_another_relation_are_named(release):
+    entry = gaussian_charge("a noisy score", 30.0, 1e-5, "zero_out")
+    rewrite(release, ledger=(*read(release).ledger, entry))
+    assert any("'a noisy score' was charged for zero_out" in problem for problem in verify(release))
+
+
+def test_models_are_compared_with_those_of_this_library(release, tmp_path):
+    """Own weights are a note; a hypernetwork of this library with another's encoder or base model is a problem."""
+    (glyphs,) = (one for one in verification.shipped_weights() if one.name == "glyphs")
+    (nested,) = (one for one in verification.shipped_weights() if one.name == "glyphs-nested")
+    assert glyphs.base_model == nested.base_model and not glyphs.encoders & nested.encoders
+    assert len(verification.unknown_models(release)) == 1 and verification.shipped_for(release) is None
+    rewrite(release, hypernetwork_sha256=glyphs.hypernetwork, encoder_sha256=next(iter(nested.encoders)))
+    assert verification.shipped_for(release) == "glyphs"
+    problems = verify(release)
+    for what in ("encoder", "base model"):
+        assert any(f"the {what} is not the one that the hypernetwork of 'glyphs'" in one for one in problems)
+    assert verification.unknown_models(tmp_path / "absent") == [] and verification.shipped_for(tmp_path) is None
 
 
 def test_another_base_model_at_hand(intact):

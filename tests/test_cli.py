@@ -610,7 +610,7 @@ def test_verify_reports_problems(monkeypatch, capsys, tmp_path):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "epsilon does not recompute\n"
     assert cli.main(["verify", str(tmp_path), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"ok": False, "problems": problems}
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "problems": problems, "notes": []}
     problems.clear()
     assert cli.main(["verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("ok: ")
