@@ -18,6 +18,7 @@ import numpy as np
 
 CERTIFICATE_FILE = "certificate.json"
 PARTS_FILE = "parts.json"  # of a release whose classes are mixtures: how often each part is drawn
+MOST_PARTS = 100  # of a class
 EMBEDDING_FILE = "embedding.safetensors"
 BASE_FOLDER = "base"  # the diffusers base model of a release
 BASE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")

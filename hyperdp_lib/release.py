@@ -32,6 +32,7 @@ from hyperdp_lib.artefacts import (
     CERTIFICATE_FILE,
     EMBEDDING_FILE,
     EMBEDDING_TENSOR,
+    MOST_PARTS,
     PARTS_FILE,
     read_regular,
     tensors_sha256,
@@ -43,7 +44,6 @@ from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.ledger import LedgerEntry
 
-MOST_PARTS = 100  # of a class
 MOST_BYTES = 2**30  # of one file that is read back
 
 

@@ -31,6 +31,7 @@ from hyperdp_lib.artefacts import (
     CERTIFICATE_FILE,
     EMBEDDING_FILE,
     EMBEDDING_TENSOR,
+    MOST_PARTS,
     PARTS_FILE,
     read_regular,
     tensors_sha256,
@@ -241,7 +242,8 @@ def _parts(certificate: Certificate, contents: Contents) -> Iterator[str]:
         part = _PART.fullmatch(name)
         owner = part[1] if part else name
         totals[owner] = totals.get(owner, 0) + count
-    if set(shares) != adapters or min(shares.values()) < 1 or len(set(totals.values())) != 1:
+    whole = set(shares) == adapters and all(type(count) is int and count >= 1 for count in shares.values())
+    if not whole or len(set(totals.values())) != 1 or max(totals.values()) > MOST_PARTS:
         yield f"{PARTS_FILE} is not a list of the adapters with the same number for each class"
 
 

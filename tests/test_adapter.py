@@ -547,6 +547,24 @@ def test_folder_round_trip(case: tuple, tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), adapter.parameters(), strict=True))
 
 
+PEFT_0_12 = (  # what LoraConfig of the oldest version promised knows; an unknown key is an error for it
+    "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights "
+    "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config "
+    "megatron_core modules_to_save peft_type r rank_pattern revision runtime_config target_modules task_type use_dora "
+    "use_rslora"
+).split()
+
+
+def test_a_configuration_holds_no_key_that_an_older_peft_does_not_know(case: tuple, tmp_path: Path) -> None:
+    model, config, geometry = case
+    save_adapter(random_adapter(config, geometry, 1), tmp_path, base_model_name_or_path="base", model_card="card")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(written) <= set(PEFT_0_12) and {"peft_type", "r", "lora_alpha", "target_modules"} <= set(written)
+    assert load_adapter(tmp_path, model).lora_config.to_dict() == config.to_dict() | {
+        "base_model_name_or_path": "base", "inference_mode": True
+    }  # fmt: skip
+
+
 def test_folder_written_by_peft_loads(case: tuple, tmp_path: Path) -> None:
     model, config, _ = case
     peft_model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()

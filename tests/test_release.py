@@ -1,8 +1,11 @@
 """Release: one sum, one certificate, one folder; whole or not at all; loadable without this library."""
 
+import copy
 import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +14,23 @@ import pytest
 import torch
 
 from hyperdp_lib import data
-from hyperdp_lib.certificate import STAMP, verify
+from hyperdp_lib.artefacts import tensors_sha256
+from hyperdp_lib.certificate import STAMP, verify, write_certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, sample
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained, save_pretrained
-from hyperdp_lib.release import Release, class_names_of, decode, load_release, release, save_release
+from hyperdp_lib.ledger import CLASS_NAMES, LedgerEntry, declaration, gaussian_charge
+from hyperdp_lib.release import (
+    Release,
+    class_names_of,
+    decode,
+    load_adapters,
+    load_base,
+    load_release,
+    release,
+    save_release,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +94,8 @@ def test_a_damaged_list_of_parts_is_an_error_in_words(models, digits, tmp_path, 
     )
     folder = save_release(tmp_path / "out", made, models[0], num_samples=0)
     (folder / "parts.json").write_text(damage)
+    write_certificate(made.certificate, folder)  # which lists it
+    assert any("parts" in problem for problem in verify(folder))
     with pytest.raises(InputError, match=r"parts\.json"):
         load_release(folder, models[0])
 
@@ -219,29 +235,117 @@ def test_overwriting_needs_to_be_asked_for(models, digits, tmp_path):
     assert verify(tmp_path / "out") == [] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_model_card_runs_without_this_library(models, weights, digits, tmp_path):
-    """The code in README.md, run where hyperdp_lib cannot be imported, gives what our own sampler gives."""
-    released = labelled(models, digits)
-    folder = save_release(
-        tmp_path / "out", released, models[0], base_model_name=str(weights / "base"), num_samples=0
-    )
-    code = (folder / "classes" / "0" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+# a folder made by `pip install --no-deps --target DIR peft==0.12.0`, first on the path of the card's code
+OTHER_PEFT = os.environ.get("HYPERDP_OTHER_PEFT")
+
+
+def cards_images(folder, card, empty, packages=()):
+    """What the code in a model card gives, run in a copy of the release, with diffusers and PEFT only."""
+    copy = shutil.copytree(folder, empty / "copy", dirs_exist_ok=True)
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "x = torch.randn(16, 1, 16, 16)\n" in code
     script = (
         "import sys; sys.modules['hyperdp_lib'] = None\nimport torch\n"
         + code.replace("x = torch.randn(16, 1, 16, 16)", "torch.manual_seed(0); x = torch.randn(1, 16, 1, 16, 16)[0]")
-        + "import numpy; numpy.save('images.npy', images.numpy())\n"
+        + "import numpy, peft; numpy.save('images.npy', images.numpy()); print(peft.__version__)\n"
     )
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, env=environment, timeout=300)
-    theirs = torch.from_numpy(np.load(folder / "images.npy"))
-    ours = sample(models[0], released.adapter["0"], 16, generator=torch.Generator().manual_seed(0))
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(empty)}
+    environment["PYTHONPATH"] = os.pathsep.join(packages)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=copy, check=True, env=environment, timeout=300, stdout=subprocess.PIPE
+    )
+    return torch.from_numpy(np.load(copy / "images.npy")), done.stdout.decode().strip()
+
+
+def mixture(models, digits):
+    made = release(
+        digits.images, models[1], epsilon=8.0, private_labels=digits.labels % 2, class_names=("a", "b"), seed=0
+    )
+    shares = torch.tensor([1.0, 1.0, 0.5, 0.25] * 2)[:, None]
+    rows = torch.tensor(made.noisy_sum).float().repeat_interleave(4, 0) * shares
+    mixed = models[1](rows, 1.0, tuple(f"{name}/{i}" for name in "ab" for i in range(1, 5)))
+    return made._replace(adapter=mixed)
+
+
+@pytest.mark.parametrize(
+    "made, where, member",
+    [("labelled", "classes/3", 3), ("unlabelled", "", 0), ("mixture", "classes/b/part_02", 6)],
+)
+def test_the_model_card_runs_without_this_library(models, digits, tmp_path, made, where, member):
+    """The card's code, run in the release where hyperdp_lib cannot be imported, gives what our own sampler gives."""
+    released = {
+        "labelled": lambda: labelled(models, digits),
+        "unlabelled": lambda: release(digits.images, models[1], epsilon=2.0),
+        "mixture": lambda: mixture(models, digits),
+    }[made]()
+    folder = save_release(tmp_path / "out", released, models[0], num_samples=0)
+    theirs, _ = cards_images(folder, (folder / where / "README.md").read_text(), tmp_path)
+    ours = sample(models[0], released.adapter[member], 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(theirs, ours, atol=1e-4)
-    assert json.loads((folder / "classes" / "0" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    config = json.loads((folder / where / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "base")
+    assert verify(folder) == []
+
+
+@pytest.mark.skipif(OTHER_PEFT is None, reason="HYPERDP_OTHER_PEFT names no folder with another PEFT")
+def test_the_model_card_runs_with_the_oldest_peft_promised(models, digits, tmp_path):
+    released = labelled(models, digits)
+    folder = save_release(tmp_path / "out", released, models[0], num_samples=0)
+    card = (folder / "classes" / "0" / "README.md").read_text()
+    theirs, version = cards_images(folder, card, tmp_path, [OTHER_PEFT])
+    ours = sample(models[0], released.adapter["0"], 16, generator=torch.Generator().manual_seed(0))
+    assert version == "0.12.0" and torch.allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_release_holds_its_base_model_and_names_no_place_outside(models, weights, digits, tmp_path):
+    """In half precision where that loses nothing, in full otherwise; loaded, it is the same to the last bit."""
+    released = labelled(models, digits)
+    folder = save_release(tmp_path / "out", released, models[0], num_samples=0)
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(weights).encode() not in path.read_bytes()
+    assert (folder / "base/diffusion_pytorch_model.safetensors").read_bytes() == (
+        weights / "base/diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+    again = load_release(folder)
+    pairs = zip(again.adapter.parameters(), released.adapter.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert tensors_sha256(load_base(folder).state_dict()) == released.certificate.base_model_sha256
+    fine = copy.deepcopy(models[0])
+    with torch.no_grad():
+        next(fine.parameters()).add_(1e-6)
+    digest = tensors_sha256(fine.state_dict())
+    with pytest.raises(InputError, match="base model is not the one"):
+        save_release(tmp_path / "fine", released, fine)
+    statement = dataclasses.replace(released.certificate, base_model_sha256=digest, hypernetwork_sha256=None)
+    folder = save_release(tmp_path / "fine", released._replace(certificate=statement), fine, num_samples=0)
+    assert verify(folder) == [] and tensors_sha256(load_base(folder).state_dict()) == digest
+    shutil.rmtree(folder / "base")
+    with pytest.raises(InputError, match="missing or damaged"):
+        load_release(folder)
+
+
+def test_every_card_says_what_was_measured(models, digits, tmp_path):
+    """Two looks are not told as one sum; what was declared public is told as that."""
+    first = gaussian_charge("a first look", 9.0, 1e-5)
+    named = declaration(CLASS_NAMES, "class names: 0 to 9")
+    folder = save_release(tmp_path / "out", labelled(models, digits, ledger=(named, first)), models[0], num_samples=0)
+    for card in ("README.md", "classes/7/README.md"):
+        text = (folder / card).read_text()
+        assert "- measured: a first look\n- measured: one noisy sum of embeddings\n" in text
+        assert "- declared public: class names: 0 to 9\n" in text and "10 x 16 numbers" in text
+
+
+def test_an_unlisted_list_of_parts_is_not_obeyed(models, digits, tmp_path):
+    """It would make twenty adapters of one."""
+    folder = save_release(tmp_path / "out", release(digits.images, models[1], epsilon=2.0), models[0], num_samples=0)
+    (folder / "parts.json").write_text('{"": 20}')
+    assert verify(folder) == ["parts.json is not listed in the certificate"]
+    for load in (load_release, lambda folder: load_adapters(folder, models[0])):
+        with pytest.raises(InputError, match=r"no certificate lists the parts\.json"):
+            load(folder)
 
 
 def test_what_was_spent_or_declared_before_is_in_the_ledger_and_adds_up(models, digits):
-    from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
-
     def certificate(ledger=()):
         asked = {"noise_multiplier": 4.0, "ledger": ledger, "seed": 0}
         return release(digits.images[:20], models[1], **asked).certificate
