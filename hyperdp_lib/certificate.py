@@ -19,14 +19,7 @@ from typing import Any
 
 from hyperdp_lib import accounting
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
-from hyperdp_lib.ledger import (
-    CLASS_NAMES,
-    LedgerEntry,
-    conversion,
-    gaussian_charge,
-    gaussian_multipliers,
-    ledger_epsilon,
-)
+from hyperdp_lib.ledger import LedgerEntry, conversion, gaussian_charge, gaussian_multipliers, ledger_epsilon, size_told
 from hyperdp_lib.mechanism import GaussianSum
 from hyperdp_lib.strict_json import check_types, decode, loads, plain
 
@@ -173,7 +166,7 @@ def ledger_certificate(
     multipliers = gaussian_multipliers(ledger)
     secret = neighboring_relation == "add_or_remove_one"
     derived = {
-        "num_private_treatment": _treatment(ledger, secret),
+        "num_private_treatment": size_told(ledger, secret),
         "labels": "public label set, private labels" if fields.get("class_names") else "none",
         "conversion": conversion(ledger),
         "versions": library_versions(),
@@ -210,7 +203,7 @@ def gaussian_certificate(
     'This adapter is (epsilon = 1, delta = 1e-05)-differe'
     """
     if config.neighboring_relation == "add_or_remove_one":
-        fields = {"num_private_treatment": f"{_treatment(ledger, True)}; noisy count released in the same sum"} | fields
+        fields = {"num_private_treatment": f"{size_told(ledger, True)}; noisy count released in the same sum"} | fields
     numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
     return ledger_certificate(
         (*ledger, gaussian_charge(description, config.noise_multiplier, delta, config.neighboring_relation)),
@@ -235,11 +228,6 @@ def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[
     from hyperdp_lib import verification
 
     return verification.verify(folder, base_model_sha256=base_model_sha256)
-
-
-def _treatment(ledger: Sequence[LedgerEntry], secret: bool) -> str:
-    declared = "; ".join(entry.description for entry in ledger if not entry.private and entry.quantity != CLASS_NAMES)
-    return f"declared public: {declared}" if declared else "not public" if secret else "public"
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -105,6 +105,12 @@ def gaussian_charge(
     )
 
 
+def size_told(ledger: Sequence[LedgerEntry], secret: bool) -> str:
+    """In words, what is public about the number of images; ``secret`` where the relation protects it."""
+    told = [entry.description for entry in ledger if not entry.private and entry.quantity != CLASS_NAMES]
+    return f"declared public: {'; '.join(told)}" if told else "not public" if secret else "public"
+
+
 def gaussian_multipliers(ledger: Sequence[LedgerEntry]) -> list[float] | None:
     """The noise multipliers, if all that is protected in the ledger is at least one noisy sum."""
     private = [entry for entry in ledger if entry.private]

@@ -235,7 +235,7 @@ def test_overwriting_needs_to_be_asked_for(models, digits, tmp_path):
     assert verify(tmp_path / "out") == [] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-# a folder made by `pip install --no-deps --target DIR peft==0.12.0`, first on the path of the card's code
+# a folder of the oldest PEFT promised and the libraries of its time, as the workflow `ci` installs them
 OTHER_PEFT = os.environ.get("HYPERDP_OTHER_PEFT")
 
 

@@ -46,8 +46,8 @@ BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", 
 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
 STANDARD = {
-    "__future__", "collections", "dataclasses", "decimal", "hashlib", "importlib", "json", "math", "os",
-    "pathlib", "tempfile", "types", "typing", "warnings",
+    "__future__", "collections", "dataclasses", "decimal", "functools", "hashlib", "importlib", "json", "math", "os",
+    "pathlib", "re", "stat", "tempfile", "types", "typing", "warnings",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     "mechanism": {"numpy", "opendp"},
