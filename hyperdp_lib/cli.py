@@ -73,7 +73,7 @@ def _release(options: argparse.Namespace) -> None:
     for note in private.notes:
         _tell(note)
     # The next two depend on private data: they go to the operator's screen and nowhere else.
-    if options.delta > 1.0 / len(private):
+    if options.delta * len(private) > 1.0:
         _tell(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
     if private_images.shape[1] == 1 and private_images.mean() > 0:
         _tell("note: these images are more white than black; a model of white on black wants --invert")

@@ -15,7 +15,9 @@ Bad input raises :class:`InputError`, whose message is one line saying what is w
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +32,10 @@ from hyperdp_lib.image_files import (
     IMAGE_SUFFIXES,
     ImageFiles,
     InputError,
+    check_class_names,
     read_folder,
     read_npz,
+    relabel,
     shown,
     write_npz,
     write_png,
@@ -74,13 +78,17 @@ class ImageSet:
     class_names
         One name per class, in label order (the label set is public, the labels are not), or None.
     notes
-        What was done to the files to make them fit (resized, made grey, ignored), for the operator to read.
+        How the files were read (depth, alpha, orientation, size, what was ignored), one decision a line.
+    warnings
+        What looks wrong about them, and what to do: a release should wait for an answer. As they depend on private
+        images, both are for the operator's screen and belong in no artefact.
     """
 
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4:
@@ -206,16 +214,17 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resized.clamp(-1.0, 1.0)
 
 
-def to_channels(images: Tensor, channels: int) -> Tensor:
+def to_channels(images: Tensor, channels: int, background: str = "white") -> Tensor:
     """Convert between grey and colour.
 
     Parameters
     ----------
     images
-        ``(N, C, H, W)`` float in ``[-1, 1]``, C = 1 grey, 3 RGB, or 4 RGB + alpha, which is laid over white
-        as a page would show it.
+        ``(N, C, H, W)`` float in ``[-1, 1]``, C = 1 grey, 3 RGB, or 4 RGB + alpha.
     channels
         1 (ITU-R BT.601 luma) or 3.
+    background
+        What shows through: ``"white"``, as on a page, or ``"black"``.
 
     Returns
     -------
@@ -230,7 +239,7 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
     """
     if images.shape[1] == 4:
         alpha = (images[:, 3:] + 1.0) / 2.0
-        images = images[:, :3] * alpha + (1.0 - alpha)
+        images = images[:, :3] * alpha + (1.0 - alpha) * (-1.0 if background == "black" else 1.0)
     if images.shape[1] == channels:
         return images
     if images.shape[1] == 3 and channels == 1:
@@ -241,40 +250,60 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def load_images(
-    path: str | os.PathLike[str], image_size: int = 16, channels: int = 1, *, labelled: bool = True
+    path: str | os.PathLike[str],
+    image_size: int = 16,
+    channels: int = 1,
+    *,
+    labelled: bool = True,
+    class_names: Sequence[str] | None = None,
+    window: tuple[float, float] | None = None,
+    background: str = "white",
 ) -> ImageSet:
     """Read a folder of images, a folder of class sub-folders, or an ``.npz``.
+
+    Which classes there are is public and never read off the labels: it is declared, by ``class_names`` here or in the
+    archive, or by the sub-folders. A class without an image is as good as any other, and so is a set without images.
 
     Parameters
     ----------
     path
-        A folder (see :func:`hyperdp_lib.image_files.read_folder` for order and links), or an ``.npz`` with
-        ``images`` (uint8, N x H x W or N x H x W x C), optional ``labels`` (N integers 0 .. K-1, every class
-        present) and optional ``class_names`` (K strings).
+        A folder (see :func:`hyperdp_lib.image_files.read_folder` for order and links), or an ``.npz`` with ``images``
+        (uint8, N x H x W or N x H x W x C), optional ``labels`` (N, or N x 1, numbers 0 .. K-1; or N names; or one-hot,
+        N x K) and ``class_names`` (K strings). Of an archive in parts (``train_images``) the part for training is read.
     image_size
-        Side in pixels to which every image is resized, antialiased; ``notes`` of the result says so.
+        Side in pixels to which every image is resized, antialiased.
     channels
         1 or 3.
     labelled
         False: leave out class folders' names and labels.
+    class_names
+        The classes, in label order. A sub-folder, or a class of the archive, that is not among them is an error.
+    window
+        The levels that are black and white in files of more than 8 bits, say ``(0, 4095)`` for 12-bit pictures in
+        16-bit files; levels beyond are clamped. None: the range of the files' format.
+    background
+        What transparent images are laid over: ``"white"`` or ``"black"``.
 
     Returns
     -------
     ImageSet
+        Its ``notes`` say how everything was read, its ``warnings`` what looks wrong.
 
     Raises
     ------
     InputError
-        For anything that is missing, damaged or ambiguous, naming the file.
+        For anything that is missing, damaged or ambiguous, naming the file; never for what images show or which class
+        has one. See :mod:`hyperdp_lib.image_files` for what one private image can cause.
     """
     path = Path(path)
-    fit = partial(_fit, image_size=image_size, channels=channels)
+    declared = _check_reading(labelled, class_names, window, background)
+    fit = partial(_fit, image_size=image_size, channels=channels, background=background)
     if not path.exists():
         raise InputError(f"no such file or folder: {shown(path)}; give a folder of images or an .npz")
     if path.is_dir():
-        files = read_folder(path, fit, labelled)
+        files = read_folder(path, fit, labelled, declared, window)
     elif path.suffix.lower() == ".npz":
-        files = read_npz(path, fit, labelled)
+        files = read_npz(path, fit, labelled, declared, window)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{shown(path)} is a single image; give the folder that holds the images")
     else:
@@ -283,17 +312,39 @@ def load_images(
         images=to_model_range(files.images),
         labels=None if files.labels is None else torch.as_tensor(files.labels.astype(np.int64)),
         class_names=files.class_names,
-        notes=_notes(files, image_size, channels),
+        notes=_notes(files, image_size, channels, background),
+        warnings=files.warnings,
     )
 
 
+def _check_reading(
+    labelled: bool, class_names: Sequence[str] | None, window: tuple[float, float] | None, background: str
+) -> tuple[str, ...] | None:
+    """The declared class names; raises when the declarations cannot be meant."""
+    if class_names is not None and not labelled:
+        raise InputError("classes are declared but labels are to be left out; give --classes or --unlabelled, not both")
+    if window is not None and not (all(map(math.isfinite, window)) and window[0] < window[1]):
+        raise InputError(f"the window must be two levels, black below white, got {window}; 0 4095 fits 12 bits")
+    if background not in ("white", "black"):
+        raise InputError(f"the background must be white or black, got {background!r}; choose one")
+    return None if class_names is None else check_class_names(class_names, "the declared classes")
+
+
 def load_named_or_path(
-    name_or_path: str | os.PathLike[str], image_size: int = 16, channels: int = 1, *, labelled: bool = True
+    name_or_path: str | os.PathLike[str],
+    image_size: int = 16,
+    channels: int = 1,
+    *,
+    labelled: bool = True,
+    class_names: Sequence[str] | None = None,
+    window: tuple[float, float] | None = None,
+    background: str = "white",
 ) -> ImageSet:
-    """A named data set (one of ``NAMED_DATA_SETS``) or whatever :func:`load_images` reads.
+    """A named data set (one of ``NAMED_DATA_SETS``) or whatever :func:`load_images` reads, with the same options.
 
     All names but ``digits`` are read from the folder named by the environment variable ``HYPERDP_DATA``; see
-    :mod:`hyperdp_lib.data_sets`. ``-test`` behind a name means the test split.
+    :mod:`hyperdp_lib.data_sets`. ``-test`` behind a name means the test split. Their classes are public; declared ones
+    must hold all of them.
 
     A name wins over a folder of the same name; write ``./digits`` for the folder. ``NAME/CLASS`` is one class of a
     named set, and ``NAME/all`` all of them, as one set without labels.
@@ -307,23 +358,28 @@ def load_named_or_path(
     """
     name = os.fspath(name_or_path)
     whole, _, wanted = name.partition("/")
-    if wanted and whole in NAMED_DATA_SETS:
-        named = load_named_or_path(whole, image_size, channels)
-        names = named.class_names or ()
+    if whole not in NAMED_DATA_SETS or (not wanted and name != whole):
+        require_source(name)
+        options = dict(labelled=labelled, class_names=class_names, window=window, background=background)
+        return load_images(name, image_size, channels, **options)  # type: ignore[arg-type]
+    declared = _check_reading(labelled, class_names, window, background)
+    if window is not None:
+        raise InputError(f"{whole} has 8-bit images, in their own range; leave out --window (window=)")
+    base, split = whole.removesuffix("-test"), "test" if whole.endswith("-test") else "train"
+    named = digits(split, image_size) if base == "digits" else _external(base, split, image_size, channels)
+    images, names = to_channels(named.images, channels), named.class_names or ()
+    if wanted:
+        if declared is not None:
+            raise InputError(f"{name} has no labels; leave the classes out")
         if wanted == "all":
-            return ImageSet(named.images, notes=named.notes)
+            return ImageSet(images, notes=named.notes)
         if wanted not in names or named.labels is None:
             raise InputError(f"{whole!r} has no class {wanted!r}; it has {', '.join(names)}, or all")
-        return ImageSet(named.images[named.labels == names.index(wanted)], notes=named.notes)
-    if name in NAMED_DATA_SETS:
-        base, split = name.removesuffix("-test"), "test" if name.endswith("-test") else "train"
-        named = digits(split, image_size) if base == "digits" else _external(base, split, image_size, channels)
-        images = to_channels(named.images, channels)
-        if not labelled:
-            return ImageSet(images, notes=named.notes)
-        return ImageSet(images, named.labels, named.class_names, named.notes)
-    require_source(name)
-    return load_images(name, image_size, channels, labelled=labelled)
+        return ImageSet(images[named.labels == names.index(wanted)], notes=named.notes)
+    if not labelled or named.labels is None:
+        return ImageSet(images, notes=named.notes)
+    labels = relabel(named.labels.numpy(), names, declared, name)
+    return ImageSet(images, torch.as_tensor(labels), names if declared is None else declared, named.notes)
 
 
 def require_source(name_or_path: str | os.PathLike[str]) -> None:
@@ -421,34 +477,34 @@ def save_grid(path: str | os.PathLike[str], image_set: ImageSet, columns: int = 
     write_png(Path(path), to_uint8(sheet)[0].repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def _fit(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
+def _fit(images: np.ndarray, image_size: int, channels: int, background: str = "white") -> np.ndarray:
     """uint8 ``(N, H, W, C)`` of any size to uint8 ``(N, image_size, image_size, channels)``, in chunks."""
     if images.shape[1:] == (image_size, image_size, channels):
         return images
     fitted = np.empty((len(images), image_size, image_size, channels), dtype=np.uint8)
     step = max(1, _VALUES_AT_ONCE // int(np.prod(images.shape[1:])))
     for start in range(0, len(images), step):
-        chunk = resize(to_channels(to_model_range(images[start : start + step]), channels), image_size)
+        chunk = resize(to_channels(to_model_range(images[start : start + step]), channels, background), image_size)
         fitted[start : start + step] = to_uint8(chunk).reshape(-1, image_size, image_size, channels)
     return fitted
 
 
-def _notes(files: ImageFiles, image_size: int, channels: int) -> tuple[str, ...]:
-    notes = []
-    if files.sizes != {(image_size, image_size)}:
+def _notes(files: ImageFiles, image_size: int, channels: int, background: str) -> tuple[str, ...]:
+    notes = list(files.notes)
+    if files.sizes - {(image_size, image_size)}:
         notes.append(_resize_note(sorted(files.sizes), image_size))
     if 4 in files.kinds:
-        notes.append("laid transparent images over white")
+        notes.append(f"laid transparent images over {background}")
     if channels == 1 and files.kinds & {3, 4}:
         notes.append("converted colour images to grey")
     if channels == 3 and 1 in files.kinds:
         notes.append("repeated grey images in three channels")
-    if files.ignored:
-        notes.append(f"ignored files that are not images: {len(files.ignored)} (first: {files.ignored[0]!r})")
     return tuple(notes)
 
 
 def _resize_note(sizes: list[tuple[int, int]], image_size: int) -> str:
-    source = f"{sizes[0][0]} x {sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} different sizes"
+    source = f"{sizes[0][0]} x {sizes[0][1]}"
+    if len(sizes) > 1:
+        source = f"{len(sizes)} different sizes ({source} .. {sizes[-1][0]} x {sizes[-1][1]})"
     stretched = ", stretching those not square" if any(height != width for height, width in sizes) else ""
     return f"resized (antialiased) from {source} to {image_size} x {image_size} pixels{stretched}"

@@ -4,6 +4,7 @@ import struct
 import zlib
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 
@@ -29,6 +30,10 @@ def bad_npz(path, **arrays):
     images = np.zeros((4, 8, 8), np.uint8)
     np.savez(path / "x.npz", **({"images": images} | arrays))
     return path / "x.npz"
+
+
+def named_npz(path, labels):
+    return bad_npz(path, labels=labels, class_names=np.array(["a", "b"]))
 
 
 def folder_with(path, *names):
@@ -72,14 +77,25 @@ def link_to_folder(path):
     return path / "in"
 
 
-def empty_folder(path):
-    (path / "e").mkdir()
-    return path / "e"
+def pages(path, suffix):
+    """Three pictures in one file."""
+    first, *others = (Image.new("L", (8, 8), level) for level in (0, 128, 255))
+    first.save(path / f"stack{suffix}", save_all=True, append_images=others)
+    return path
 
 
-def only_hidden(path):
-    (path / "h").mkdir()
-    return folder_with(path / "h", ".x.png").parent / "h"
+def planes(path):
+    """Deep colour in separate planes, of which Pillow would read half the bytes."""
+    levels = np.arange(3 * 64, dtype=np.uint16).reshape(3, 8, 8)
+    tifffile.imwrite(path / "x.tif", levels, photometric="rgb", planarconfig="separate")
+    return path
+
+
+def postscript(path):
+    """What Pillow would hand to a program."""
+    return text_file(
+        path, "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    ).parent
 
 
 def text_file(path, name="x.txt", content=b"hello"):
@@ -117,8 +133,6 @@ def nan_images(path):
 BAD_INPUT = {
     "no such file": (lambda p: p / "absent", "no such file or folder"),
     "no such npz": (lambda p: p / "absent.npz", "no such file or folder"),
-    "empty folder": (empty_folder, "holds no image"),
-    "only hidden files": (only_hidden, "holds no image"),
     "neither folder nor npz": (text_file, "neither a folder nor an .npz"),
     "a single image": (lambda p: write_png(p / "x.png"), "single image"),
     "corrupt image": (corrupt, "bad.png"),
@@ -126,15 +140,31 @@ BAD_INPUT = {
     "empty file called png": (lambda p: text_file(p, "fake.png", b"").parent, "fake.png"),
     "decompression bomb": (bomb, "huge.png' has more than"),
     "half a decompression bomb": (lambda p: bomb(p, side=10000), "bomb?"),
-    "floating-point image": (floats, "8-bit"),
-    "empty class folder": (empty_class, "class 'b' has no image"),
+    "floating-point image": (floats, "no agreed white"),
+    "32-bit image": (lambda p: write_png(p / "x.tiff", mode="I").parent, "no agreed white"),
+    "pages of a TIFF": (lambda p: pages(p, ".tif"), "holds 3 pages"),
+    "an animation": (lambda p: pages(p, ".gif"), "holds 3 pages"),
+    "an animated PNG": (lambda p: pages(p, ".png"), "holds 3 pages"),
+    "an animated WebP": (lambda p: pages(p, ".webp"), "holds 3 pages"),
+    "16-bit colour planes": (planes, "save it as 8-bit"),
+    "PostScript called png": (postscript, "cannot be read as an image"),
     "loose images and folders": (lambda p: folder_with(p, "x.png", "a/1.png"), "both loose images"),
     "a control character in a class name": (odd_class_name, "rename"),
     "folders in folders": (lambda p: folder_with(p, "a/b/1.png"), "inside a class folder"),
+    "splits in place of classes": (
+        lambda p: folder_with(p, "train/a/1.png", "val/a/1.png", "test/a/1.png"),
+        "which are no classes; give one of them",
+    ),
+    "one split in place of classes": (lambda p: folder_with(p, "Train/1.png"), "which are no classes"),
+    "class folders of one name": (
+        lambda p: folder_with(p, "caf\u00e9/1.png", "cafe\u0301/1.png"),
+        "in two Unicode forms",
+    ),
+    "a drive for a class name": (lambda p: folder_with(p, "c:/1.png"), "cannot be a folder name"),
     "link": (link, "is a link"),
     "link to a folder": (link_to_folder, "is a link"),
     "no images in npz": (npz_without_images, "no array 'images'"),
-    "no image in npz": (lambda p: bad_npz(p, images=np.zeros((0, 8, 8), np.uint8)), "holds no image"),
+    "images without pixels": (lambda p: bad_npz(p, images=np.zeros((4, 0, 8), np.uint8)), "shape"),
     "pickled objects": (lambda p: bad_npz(p, images=np.array([{}, []], dtype=object)), "pickled"),
     "pickled labels": (lambda p: bad_npz(p, labels=np.array([None] * 4, dtype=object)), "pickled"),
     "wrong dtype": (lambda p: bad_npz(p, images=np.zeros((4, 8, 8), np.int64)), "must be uint8"),
@@ -143,21 +173,16 @@ BAD_INPUT = {
     "wrong shape": (lambda p: bad_npz(p, images=np.zeros((4, 64), np.uint8)), "shape"),
     "channels first": (lambda p: bad_npz(p, images=np.zeros((4, 3, 8, 8), np.uint8)), "shape"),
     "scalar": (lambda p: bad_npz(p, images=np.uint8(3)), "shape"),
-    "too few labels": (lambda p: bad_npz(p, labels=np.arange(3)), "4 images"),
-    "labels in a table": (lambda p: bad_npz(p, labels=np.zeros((4, 1), int)), "4 images"),
-    "float labels": (lambda p: bad_npz(p, labels=np.zeros(4)), "integers"),
-    "negative labels": (lambda p: bad_npz(p, labels=np.array([0, 1, -1, 0])), "-1"),
-    "a gap in the labels": (lambda p: bad_npz(p, labels=np.array([0, 1, 3, 0])), "class 2"),
-    "labels from 1": (lambda p: bad_npz(p, labels=np.array([1, 1, 2, 2])), "class 0"),
-    "a huge label": (lambda p: bad_npz(p, labels=np.array([0, 0, 0, 2**64 - 1], np.uint64)), "class 1"),
-    "a named class without image": (
-        lambda p: bad_npz(p, labels=np.zeros(4, int), class_names=np.array(["a", "b"])),
-        "class 'b'",
-    ),
-    "more labels than names": (
-        lambda p: bad_npz(p, labels=np.arange(4), class_names=np.array(["a", "b"])),
-        "2 class_names",
-    ),
+    "wide levels": (lambda p: bad_npz(p, images=np.zeros((4, 8, 8), np.uint16)), "--window"),
+    "labels without names": (lambda p: bad_npz(p, labels=np.array([0, 1, 0, 1])), "--classes"),
+    "too few labels": (lambda p: named_npz(p, np.arange(3)), "4 images"),
+    "labels in a table": (lambda p: named_npz(p, np.zeros((4, 3), int)), "4 images"),
+    "two classes an image": (lambda p: named_npz(p, np.ones((4, 2), int)), "not one 1 among zeros"),
+    "float labels": (lambda p: named_npz(p, np.zeros(4)), "integers"),
+    "negative labels": (lambda p: named_npz(p, np.array([0, 1, -1, 0])), "none of the 2 classes"),
+    "labels from 1": (lambda p: named_npz(p, np.array([1, 1, 2, 2])), "subtract 1"),
+    "a huge label": (lambda p: named_npz(p, np.array([0, 0, 0, 2**64 - 1], np.uint64)), "none of the 2"),
+    "labels of other names": (lambda p: named_npz(p, np.array(["a", "b", "secret", "a"])), "none of the 2 classes"),
     "a class name that leads elsewhere": (
         lambda p: bad_npz(p, labels=np.arange(4), class_names=np.array(["a", "../b", "c", "d"])),
         "'../b'",
@@ -165,6 +190,10 @@ BAD_INPUT = {
     "a class name twice": (
         lambda p: bad_npz(p, labels=np.arange(4), class_names=np.array(["a", "a", "c", "d"])),
         "repeats",
+    ),
+    "a class name in two forms": (
+        lambda p: bad_npz(p, labels=np.arange(4), class_names=np.array(["a", "caf\u00e9", "cafe\u0301", "d"])),
+        "in two Unicode forms",
     ),
     "numbers for class names": (
         lambda p: bad_npz(p, labels=np.arange(4), class_names=np.arange(4)),

@@ -206,7 +206,7 @@ def read_npz(folder):
         assert cli.main(asked) == 2
     assert all(line.startswith("hyperdp: ") for line in printed.getvalue().splitlines())
     read = data.load_images(folder / "x.npz")
-    assert read.images.shape[1:] == (1, 16, 16) and len(read.images) > 0
+    assert read.images.shape[1:] == (1, 16, 16)
 
 
 def read_release(folder):
