@@ -404,8 +404,7 @@ def through_window(levels: np.ndarray, window: Window, source: str) -> np.ndarra
 
 def _suspicious(fitted: np.ndarray, deep: np.ndarray, with_alpha: np.ndarray, copies: int) -> tuple[str, ...]:
     """What an operator should look at before a release is paid for. Nothing here changes how anything is read."""
-    flat = fitted.reshape(len(fitted), -1)
-    least, most = flat.min(1, initial=255), flat.max(1, initial=0)
+    least, most = fitted.min((1, 2, 3), initial=255), fitted.max((1, 2, 3), initial=0)
     found = []
     for chosen, advice in (
         (deep, "if their levels have fewer bits than their files, declare it, as in --window 0 4095 for 12 (window=)"),

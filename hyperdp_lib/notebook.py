@@ -11,6 +11,7 @@ without outputs, but for the text of the cells marked NBVAL_CHECK_OUTPUT, which 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # what IPython itself puts into a notebook's namespace
 _IPYTHON_NAMES = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
@@ -69,6 +71,11 @@ def require_known_parameters(namespace: Mapping[str, Any], /, **parameters: type
         if name not in namespace:
             raise InputError(f"the parameters cell does not define {name!r}")
         value = namespace[name]
+        if expected is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+            raise InputError(
+                f"parameter {name!r} was given as {value}, which YAML takes for text; write it with a point, "
+                f"as in -p {name} {_with_point(value)}"
+            )
         accepted = (int, float) if expected is float else (expected,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
             raise InputError(
@@ -126,6 +133,13 @@ def refresh(path: str | Path, *, timeout: int = 900) -> None:
             cell.outputs = cell.outputs if checked else []
             cell.execution_count = 1 if checked else None  # nbval compares only cells that were run
     nbformat.write(notebook, path)
+
+
+def _with_point(value: str) -> str:
+    """A number as YAML 1.1 reads it: with a point before the exponent, and a sign in it."""
+    mantissa, _, exponent = value.lower().partition("e")
+    sign = "" if exponent[:1] in ("", "-", "+") else "+"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}" if exponent else value
 
 
 def _article(type_name: str) -> str:

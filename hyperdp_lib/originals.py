@@ -129,6 +129,11 @@ def fetch(original: Original, folder: str | Path) -> tuple[Path, bool]:
     folder.mkdir(parents=True, exist_ok=True)
     path, pinned = folder / original.file, read_registry(folder)
     expected = original.known_hash or pinned.get(original.file)
+    there = ""
+    if expected is not None and path.is_file():
+        algorithm, _, digest = expected.partition(":")
+        if pooch.file_hash(str(path), alg=algorithm) != digest:
+            there = f"{shown(path)} is not the right file, its {algorithm} should be {digest}; "
     pooch.get_logger().setLevel(logging.WARNING)
     troubles = []
     for url in original.urls:
@@ -142,7 +147,8 @@ def fetch(original: Original, folder: str | Path) -> tuple[Path, bool]:
             troubles.append(f"{url}: {_reason(error)}")
     else:
         raise InputError(
-            f"cannot get {original.file} ({'; '.join(troubles)}); try again, or put the right file at {shown(path)}"
+            f"{there}cannot get {original.file} ({'; '.join(troubles)}); try again, or put the right file at "
+            f"{shown(path)}"
         )
     if expected is not None:
         return path, False

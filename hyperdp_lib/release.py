@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,7 @@ def _check_labels(
         )
     if private_labels.shape != (len(private_images),):
         raise InputError("private_labels must hold one label for each image")
-    if len(set(class_names)) != len(class_names):
+    if len({unicodedata.normalize("NFC", name) for name in class_names}) != len(class_names):
         raise InputError("class_names must all be different")
     return _folder_names(class_names)
 

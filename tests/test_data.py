@@ -1,10 +1,12 @@
 """The range contract, the readers, and every bad input they must refuse in one line."""
 
 import os
+import struct
 import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from bad_images import BAD_INPUT, bad_npz, empty_class, text_file, write_png
 from hypothesis import given, settings
@@ -209,6 +211,186 @@ def test_grid_has_one_row_per_class(tmp_path):
     save_grid(tmp_path / "grid.png", ImageSet(torch.zeros(12, 3, 16, 16)))
     assert decode(tmp_path / "grid.png").shape == (4 * (2 * 17 - 1), 4 * (10 * 17 - 1), 3)
     assert os.listdir(tmp_path) == ["grid.png"]
+
+
+# ---- depth, photometric interpretation, alpha: against files written by hand --------------------------------
+
+
+def png_of(levels, depth, colour_type, key=None):
+    """A PNG of any bit depth and colour type, ``(H, W, C)`` levels; the level ``key`` stands for transparent."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b""
+    for row in levels:
+        bits = "".join(f"{int(level):0{depth}b}" for level in row.ravel())
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], depth, colour_type, 0, 0, 0)
+    transparent = b"" if key is None else chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    content = chunk(b"IHDR", header) + transparent + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+def rounded(levels, white):
+    return np.array([[[round(255 * int(v) / white) for v in pixel] for pixel in row] for row in levels], np.uint8)
+
+
+PNG_KINDS = [(1, 0, 1), (2, 0, 1), (4, 0, 1), (8, 0, 1), (16, 0, 1), (8, 2, 3), (16, 2, 3), (8, 4, 2), (16, 4, 2)]
+
+
+@pytest.mark.parametrize(("depth", "colour_type", "channels"), [*PNG_KINDS, (8, 6, 4), (16, 6, 4)])
+def test_png_of_every_depth_is_rounded_to_the_nearest_level(depth, colour_type, channels, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**depth, (7, 9, channels))
+    (tmp_path / "x.png").write_bytes(png_of(levels, depth, colour_type))
+    expected = rounded(levels, 2**depth - 1)
+    if channels == 2:
+        expected = expected[..., [0, 0, 0, 1]]
+    np.testing.assert_array_equal(decode(tmp_path / "x.png"), expected)
+
+
+@pytest.mark.parametrize(("depth", "colour_type"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_transparent_level_of_a_png_is_transparent_at_every_depth(depth, colour_type, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**depth, (7, 9, 1 if colour_type == 0 else 3))
+    key = tuple(int(level) for level in levels[2, 3])
+    (tmp_path / "x.png").write_bytes(png_of(levels, depth, colour_type, key))
+    expected = np.where((levels == key).all(-1), 0, 255)
+    np.testing.assert_array_equal(decode(tmp_path / "x.png")[..., 3], expected)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("photometric", ["miniswhite", "minisblack", "rgb"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_of_every_kind_is_right_or_refused(dtype, photometric, order, compression, tmp_path):
+    white = np.iinfo(dtype).max
+    levels = np.random.default_rng(0).integers(0, white + 1, (7, 9, 3 if photometric == "rgb" else 1)).astype(dtype)
+    written = levels if photometric == "rgb" else levels[..., 0]
+    options = dict(photometric=photometric, byteorder=order, compression=compression)
+    tifffile.imwrite(tmp_path / "x.tif", written, **options)
+    if photometric == "miniswhite" and dtype is np.uint16 and order == ">":  # Pillow does not know it
+        with pytest.raises(InputError, match="cannot be read"):
+            decode(tmp_path / "x.tif")
+        return
+    expected = rounded(levels, white)
+    np.testing.assert_array_equal(decode(tmp_path / "x.tif"), 255 - expected if "white" in photometric else expected)
+
+
+def test_a_folder_of_both_photometric_kinds_is_read_right(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    tifffile.imwrite(tmp_path / "a.tif", ramp, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "b.tif", 65535 - ramp, photometric="miniswhite")
+    read = load_images(tmp_path)
+    assert torch.equal(read.images[0], read.images[1])
+    assert any("WhiteIsZero" in note and "1 of 2" in note for note in read.notes)
+
+
+def test_12_bits_in_16_are_read_by_their_window_and_noticed_without(tmp_path):
+    levels = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    dark = load_images(tmp_path)
+    assert dark.images.max() < -0.8 and "--window 0 4095" in dark.warnings[0]
+    read = load_images(tmp_path, window=(0, 4095))
+    np.testing.assert_array_equal(to_uint8(read.images)[0], rounded(levels[..., None], 4095)[..., 0])
+    assert read.warnings == () and "4095" in read.notes[0]
+    np.savez(tmp_path / "x.npz", images=levels[None])
+    assert torch.equal(load_images(tmp_path / "x.npz", window=(0, 4095)).images, read.images)
+    clamped = load_images(tmp_path, window=(1000, 2000)).images
+    assert clamped.min() == -1 and clamped.max() == 1
+    with pytest.raises(InputError, match="black below white"):
+        load_images(tmp_path, window=(4095, 0))
+
+
+def test_floats_need_a_window_and_a_graymap_states_its_white(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "x.tiff")
+    expected = np.rint(np.linspace(0, 255, 256)).reshape(16, 16)
+    np.testing.assert_array_equal(decode(tmp_path / "x.tiff", (0, 1))[..., 0], expected)
+    (tmp_path / "x.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 4095, 1000))
+    assert decode(tmp_path / "x.pgm").ravel().tolist() == [255, 62]
+    assert decode(tmp_path / "x.pgm", (0, 1000)).ravel().tolist() == [255, 255]
+
+
+def test_white_ink_on_a_transparent_ground_is_noticed_and_read_over_black(tmp_path):
+    ink = np.full((16, 16, 4), 255, np.uint8)
+    ink[..., 3] = np.arange(256).reshape(16, 16)
+    Image.fromarray(ink).save(tmp_path / "x.png")
+    lost, kept = load_images(tmp_path), load_images(tmp_path, background="black")
+    assert (lost.images == 1).all() and any("--background black" in warning for warning in lost.warnings)
+    np.testing.assert_array_equal(to_uint8(kept.images)[0], ink[..., 3])
+    assert kept.warnings == () and "over black" in kept.notes[0]
+
+
+def test_what_looks_wrong_is_said(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / "f" / name, 7, (16, 16))
+    one_value, copies = load_images(tmp_path / "f").warnings
+    assert "one value" in one_value and "1 images are copies" in copies
+    sixteenths = np.arange(256, dtype=np.uint8).reshape(1, 16, 16) // 16
+    np.savez(tmp_path / "x.npz", images=sixteenths)
+    assert "a quarter of the range" in load_images(tmp_path / "x.npz").warnings[0]
+    text_file(tmp_path / "f", "scan.dcm")
+    (tmp_path / "f" / "a.png").unlink()
+    (tmp_path / "f" / "b.png").unlink()
+    assert "none of the 1 files" in load_images(tmp_path / "f").warnings[0]
+
+
+# ---- classes -----------------------------------------------------------------------------------------------
+
+
+def test_the_classes_do_not_depend_on_which_labels_are_there(tmp_path):
+    images, names = np.zeros((3, 16, 16), np.uint8), np.array(["a", "b", "c"])
+    for labels in ([0, 1, 2], [0, 1, 1], [0, 0, 0]):
+        np.savez(tmp_path / "x.npz", images=images, labels=np.array(labels), class_names=names)
+        read = load_images(tmp_path / "x.npz")
+        assert read.class_names == ("a", "b", "c") and read.labels.tolist() == labels
+        np.savez(tmp_path / "y.npz", images=images, labels=np.array(labels))
+        assert torch.equal(load_images(tmp_path / "y.npz", class_names=names.tolist()).labels, read.labels)
+    # other names for the same numbers would be other classes: they are matched by name
+    read = load_images(tmp_path / "x.npz", class_names=["d", "c", "b", "a"])
+    assert read.class_names == ("d", "c", "b", "a") and read.labels.tolist() == [3, 3, 3]
+    with pytest.raises(InputError, match="not declared: 'c'"):
+        load_images(tmp_path / "x.npz", class_names=["a", "b"])
+
+
+def test_empty_classes_and_empty_sets_are_read_like_others(tmp_path):
+    folder = empty_class(tmp_path)
+    read = load_images(folder)
+    assert read.class_names == ("a", "b") and read.labels.tolist() == [0]
+    (folder / "a" / "1.png").unlink()
+    nobody = load_images(folder, class_names=["b", "a", "c"])
+    assert nobody.images.shape == (0, 1, 16, 16) and nobody.labels.shape == (0,)
+    assert nobody.class_names == ("b", "a", "c") and "without a folder" in nobody.notes[0]
+    assert load_images(folder / "a", channels=3).images.shape == (0, 3, 16, 16)
+    for labels in (np.zeros(0), np.zeros((0, 1), int), np.zeros((0, 2), int)):
+        path = bad_npz(tmp_path, images=np.zeros((0, 8, 8), np.uint8), labels=labels, class_names=np.array(["a", "b"]))
+        assert load_images(path).images.shape == (0, 1, 16, 16) and load_images(path).class_names == ("a", "b")
+
+
+def test_declared_classes_order_the_folders(tmp_path):
+    for level, name in enumerate(("ant", "cafe\u0301")):
+        write_png(tmp_path / name / "1.png", level, (16, 16))
+    read = load_images(tmp_path, class_names=["caf\u00e9", "ant"])
+    assert read.class_names == ("caf\u00e9", "ant") and to_uint8(read.images)[:, 0, 0].tolist() == [1, 0]
+    with pytest.raises(InputError, match="not declared: 'ant'"):
+        load_images(tmp_path, class_names=["caf\u00e9"])
+    with pytest.raises(InputError, match="not both"):
+        load_images(tmp_path, labelled=False, class_names=["ant"])
+
+
+LABELS = {"column": [[0], [1], [1]], "one-hot": [[1, 0], [0, 1], [0, 1]], "names": ["a", "b", "b"]}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_archives_in_parts_and_labels_of_other_kinds(kind, tmp_path):
+    images = np.arange(3, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2)
+    parts = dict(val_images=images[:1], val_labels=[[0]], train_images=images, train_labels=LABELS[kind])
+    np.savez(tmp_path / "x.npz", **parts)
+    read = load_images(tmp_path / "x.npz", class_names=["a", "b"])
+    assert read.labels.tolist() == [0, 1, 1] and to_uint8(read.images)[:, 0, 0].tolist() == [0, 1, 2]
+    assert "'train_images'" in read.notes[0]
+    with pytest.raises(InputError, match="--classes"):
+        load_images(tmp_path / "x.npz")
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.notebook import refresh, require_known_parameters, results_folder
@@ -137,3 +138,10 @@ def test_results_folder_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, 
     for start in (ROOT, ROOT / "notebooks", tmp_path):
         monkeypatch.chdir(start)
         assert results_folder() == ROOT / "book" / "results"
+
+
+@pytest.mark.parametrize(("written", "advice"), [("1e-5", "1.0e-5"), ("2.5e3", "2.5e+3")])
+def test_a_number_that_yaml_takes_for_text_is_explained(written, advice):
+    assert isinstance(yaml.safe_load(written), str) and isinstance(yaml.safe_load(advice), float)
+    with pytest.raises(InputError, match=re.escape(f"-p delta {advice}")):
+        require_known_parameters({"delta": written}, delta=float)

@@ -70,6 +70,12 @@ def test_a_wrong_file_is_refused_and_not_left_behind(server, tmp_path):
     assert "\n" not in str(caught.value) and list((tmp_path / "here").iterdir()) == []
 
 
+def test_a_wrong_file_at_the_place_is_named_with_the_hash_it_should_have(tmp_path):
+    (tmp_path / "a").write_bytes(b"wrong")
+    with pytest.raises(InputError, match=f"a' is not the right file, its md5 should be {md5(b'right')[4:]}"):
+        fetch(Original("a", ("http://127.0.0.1:9/a",), md5(b"right")), tmp_path)
+
+
 def test_a_file_without_published_hash_is_trusted_once_only(server, tmp_path):
     folder, address, _ = server
     (folder / "a").write_bytes(b"first")
