@@ -253,6 +253,9 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     assert cli.main([*command, "--num-images", "135", "--out", str(out)]) == 0
     samples = data.load_images(out)
     assert len(samples) == 135 and samples.class_names == tuple("0123456789")
+    alone = ["sample", str(released.folder), "--num-steps", "2", "--num-images", "135"]  # its base is there
+    assert cli.main([*alone, "--out", str(tmp_path / "alone.npz")]) == 0
+    assert torch.equal(data.load_images(tmp_path / "alone.npz").images, samples.images)
     capsys.readouterr()
     agreeing = [*command, "--labels", "agreeing", "--num-images", "25", "--json"]
     assert cli.main([*agreeing, "--out", str(tmp_path / "agreeing.npz")]) == 0
@@ -644,6 +647,8 @@ def test_a_declared_size_decides_the_coordinates_and_stands_in_the_ledger(digit_
 
 def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_path, capsys):
     """Enough images for several cells: a class is a mixture of PEFT adapters, drawn in their proportions."""
+    from hyperdp_lib import verification
+
     out, refined, drawn = tmp_path / "out", tmp_path / "refined", tmp_path / "drawn.npz"
     nested = ["--hypernetwork", "glyphs-nested"]
     command = ["release", str(digit_folder), "--epsilon", "1000", "--seed", "0", "--num-samples", "20", *nested]
@@ -653,11 +658,12 @@ def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_pa
     assert len(shares) > len(classes) and sum(shares.values()) == 20 * len(classes)
     assert all((out / where / "adapter_config.json").is_file() for where in shares)
     assert (out / "samples.png").is_file() and cli.main(["verify", str(out)]) == 0
-    asked = [*nested, "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
+    assert verification.shipped_for(out) == "glyphs-nested" and verification.unknown_models(out) == []
+    asked = ["--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]  # finds its weights by their hashes
     assert cli.main(["refine", str(out), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
     assert json.loads((refined / "parts.json").read_text()) == shares
     for folder in (out, refined):
-        command = ["sample", str(folder), "--num-images", "25", "--num-steps", "2", "--seed", "0", *nested]
+        command = ["sample", str(folder), "--num-images", "25", "--num-steps", "2", "--seed", "0"]
         assert cli.main([*command, "--out", str(drawn), "--overwrite"]) == 0
         samples = data.load_images(drawn)
         assert samples.class_names == tuple(classes)
