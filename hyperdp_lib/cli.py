@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,38 +61,45 @@ def _release(options: argparse.Namespace) -> None:
         _check_count("--declared-size", options.declared_size)
     elif options.looks == 2:
         _refuse("two looks share the budget by the number of images; give --declared-size, if that may be public")
-    _check_output(options.out, options.overwrite, folder_of="certificate.json")
+    if not options.dry_run and options.out is None:
+        _refuse("no folder to make; give --out, or --dry-run to see what would happen")
+    if options.sheet is not None:
+        if not options.dry_run:
+            _refuse("--sheet shows private images to the operator; it goes with --dry-run")
+        _check_output(options.sheet, options.overwrite, suffix=".png")
+    if options.out is not None:
+        _check_output(options.out, options.overwrite or options.dry_run, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
     from hyperdp_lib import cells, data, hypernetwork, looks, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
     from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
+    # the images first: what is wrong with them is said before a model is loaded
+    private = data.load_named_or_path(
+        options.images,
+        *hypernetwork.geometry(options.hypernetwork),
+        labelled=not options.unlabelled,
+        class_names=options.classes,
+        window=options.window,
+        background=options.background,
+    )
     base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
-    private = data.load_named_or_path(options.images, *_geometry(base_model), labelled=not options.unlabelled)
-    private_images = -private.images if options.invert else private.images
-    for note in private.notes:
-        _tell(note)
-    # The next two depend on private data: they go to the operator's screen and nowhere else.
-    if options.delta * len(private) > 1.0:
-        _tell(f"warning: delta {options.delta:g} is above 1/n for these images; it should be well below")
-    if private_images.shape[1] == 1 and private_images.mean() > 0:
-        _tell("note: these images are more white than black; a model of white on black wants --invert")
-    if private.class_names:
-        _tell(f"note: the {len(private.class_names)} class names become public; they must hold no secret")
-    if options.seed is not None:
-        _tell("warning: --seed makes reproducible demonstration noise; this release is NOT PRIVATE")
     ledger: tuple[LedgerEntry, ...] = ()
+    noise_std = _noise_std(options)
     if options.declared_size is not None:
         count, labelled = len(private.class_names or ("one",)), private.labels is not None
         per_class = options.declared_size / count
         if options.looks == 2:
-            network, text = looks.fit(network, _noise_std(options), per_class)
+            network, text = looks.fit(network, noise_std, per_class)
         else:
-            network, text = cells.fit(network, _noise_std(options), per_class, labelled=labelled, num_classes=count)
+            network, text = cells.fit(network, noise_std, per_class, labelled=labelled, num_classes=count)
         declared = f"number of images, about {options.declared_size}: {text}"
         ledger = (declaration(NUMBER_OF_IMAGES, declared),)
-        _tell(f"declared public: {declared}")
+    _preview(options, private, network, noise_std, [entry.description for entry in ledger])
+    if options.dry_run:
+        return
+    private_images = -private.images if options.invert else private.images
     released = release.release(
         private_images.to(options.device),
         network.to(options.device),
@@ -118,6 +126,50 @@ def _release(options: argparse.Namespace) -> None:
     else:
         print(f"wrote {options.out}")
         print(released.certificate.sentence)
+
+
+def _preview(
+    options: argparse.Namespace, private: Any, network: Any, noise_std: float, declared: Sequence[str]
+) -> None:
+    """Tell the operator what is about to happen, and ask where somebody can answer; nothing is spent yet."""
+    from hyperdp_lib import data, mechanism
+    from hyperdp_lib.preview import likeness_advice, preview
+
+    factor = mechanism.SENSITIVITY_FACTOR[options.neighboring_relation]
+    made = preview(
+        private,
+        noise_multiplier=noise_std / factor,
+        noise_std=noise_std,
+        dimension=network.encoder.config.dimension,
+        delta=options.delta,
+        neighboring_relation=options.neighboring_relation,
+        declared=declared,
+        inverted=options.invert,
+        demonstration=options.seed is not None,
+        earlier=options.out if options.out is not None and options.out.is_dir() else None,
+    )
+    # class folders were named for their owner's eyes; elsewhere the names were given to be published
+    unasked = private.class_names is not None and options.classes is None and os.path.isdir(options.images)
+    unasked = unasked and options.images.partition("/")[0] not in data.NAMED_DATA_SETS
+    if options.dry_run:
+        if options.sheet is not None:
+            data.save_grid(options.sheet, data.ImageSet(private.images))
+        inverted = -private.images if options.invert else private.images
+        made = likeness_advice(made, inverted, options.images, vars(options))
+        print(json.dumps(made.to_plain(), indent=1) if options.json else made)
+        return
+    can_ask = sys.stdin.isatty() and sys.stderr.isatty()
+    if not (options.yes or can_ask) and made.stops:
+        _refuse(f"not released: {made.stops[0]}; or add --yes if it is meant so")
+    if not (options.yes or can_ask) and unasked:
+        names = shlex.join(private.class_names)
+        _refuse(f"the names of the sub-folders would become public: add --classes {names}, or --yes, or --unlabelled")
+    for line in str(made).splitlines():
+        _tell(line)
+    if can_ask and not options.yes:
+        print("hyperdp: release? This spends the budget. [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            _refuse("not released; nothing was spent")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -703,9 +755,15 @@ def _parser() -> Parser:
     )
     add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
+    add("--classes", nargs="+", metavar="NAME", help="declare the classes, in label order; their names become public")
+    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of black and white in the files: 0 4095")
+    add("--background", choices=("white", "black"), default="white", help="behind transparent images; default: white")
+    add("--dry-run", action="store_true", help="say what would happen and what is advised; spends nothing")
+    add("--sheet", type=Path, metavar="PNG", help="of --dry-run: the images as the model sees them, for your eyes only")
+    add("--yes", action="store_true", help="do not ask, and take images that look wrong as they are")
     add("--invert", action="store_true", help="swap black and white; the glyphs model draws white on black")
     add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--out", type=Path, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace an earlier release in DIR")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the certificate as JSON")

@@ -241,6 +241,26 @@ def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors")
     )
 
 
+def geometry(name_or_path: str | Path) -> tuple[int, int]:
+    """Side in pixels and number of channels of the images that these weights are for, without loading them.
+
+    >>> geometry("glyphs")
+    (16, 1)
+    """
+    folder = foundation(resolve(name_or_path))
+    try:
+        config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
+        return int(config["sample_size"]), int(config["in_channels"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the shipped weights that have a base model of their own, in alphabetical order."""
+    folders = sorted(path.parent for path in WEIGHTS.glob("*/hypernetwork.safetensors"))
+    return tuple(folder.name for folder in folders if (folder / "base").is_dir())
+
+
 def foundation(folder: Path) -> Path:
     """The folder with the base model and the feature network that weights were made for: their own, or another's."""
     manifest = json.loads((folder / "manifest.json").read_text())

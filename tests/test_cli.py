@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bad_images import BAD_INPUT, write_png
@@ -19,6 +21,7 @@ import hyperdp_lib
 from hyperdp_lib import cli, data, evaluation
 
 RELEASE = ["--epsilon", "1"]
+DIGIT_CLASSES = ["--classes", *map(str, range(10))]
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def stub_model(monkeypatch):
         raise AssertionError("bad input reached the release")
 
     base_model = SimpleNamespace(config=SimpleNamespace(sample_size=16, in_channels=1))
-    hypernetwork = SimpleNamespace(load_pretrained=lambda name: (base_model, None))
+    hypernetwork = SimpleNamespace(load_pretrained=lambda name: (base_model, None), geometry=lambda name: (16, 1))
     monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", hypernetwork)
     release = SimpleNamespace(release=never, save_release=never, load_release=never)
     monkeypatch.setitem(vars(hyperdp_lib), "release", release)
@@ -193,7 +196,7 @@ def digit_folder(tmp_path_factory):
 def released(weights, digit_folder, tmp_path_factory):
     """A release made by the command, with what it printed."""
     out = tmp_path_factory.mktemp("released") / "release"
-    command = ["release", digit_folder, *RELEASE, "--hypernetwork", weights, "--num-samples", "20"]
+    command = ["release", digit_folder, *RELEASE, *DIGIT_CLASSES, "--hypernetwork", weights, "--num-samples", "20"]
     printed, notes = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(notes):
         assert cli.main([*command, "--out", str(out)]) == 0
@@ -287,7 +290,7 @@ def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused
 
 def test_release_options_reach_the_certificate(weights, digit_folder, tmp_path, capsys):
     def run(*options):
-        command = ["release", digit_folder, "--hypernetwork", weights, "--num-samples", "0", "--json"]
+        command = ["release", digit_folder, "--yes", "--hypernetwork", weights, "--num-samples", "0", "--json"]
         assert cli.main([*command, "--out", str(tmp_path / "out"), *options]) == 0
         printed = capsys.readouterr()
         return json.loads(printed.out)["certificate"], printed.err
@@ -319,7 +322,7 @@ def test_with_the_shipped_weights_from_png_files_to_scores(weights, refused, tmp
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     out, samples = tmp_path / "release", tmp_path / "samples.npz"
-    assert cli.main(["release", str(tmp_path / "images"), "--epsilon", "8", "--out", str(out)]) == 0
+    assert cli.main(["release", str(tmp_path / "images"), "--yes", "--epsilon", "8", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("This adapter is (epsilon = 8, delta = 1e-05)-differentially")
     assert "from 28 x 28 to 16 x 16" in printed.err and "warning" not in printed.err
@@ -348,7 +351,7 @@ def test_an_interrupted_release_leaves_nothing(weights, digit_folder, tmp_path, 
 
     for module in (certificate, hyperdp_lib.release):  # wherever the last file's writer is looked up
         monkeypatch.setattr(module, "write_certificate", interrupted, raising=False)
-    command = ["release", digit_folder, "--epsilon", "1", "--hypernetwork", weights, "--num-samples", "0"]
+    command = ["release", digit_folder, "--yes", "--epsilon", "1", "--hypernetwork", weights, "--num-samples", "0"]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.endswith("hyperdp: interrupted\n")
     assert list(tmp_path.iterdir()) == []
@@ -357,6 +360,120 @@ def test_an_interrupted_release_leaves_nothing(weights, digit_folder, tmp_path, 
 def test_release_refuses_unknown_hypernetworks(refused, images, tmp_path):
     out = ["--out", tmp_path / "out"]
     refused("release", images, *RELEASE, *out, "--hypernetwork", "nonesuch", expect="no hypernetwork")
+
+
+# ---- before anything is spent ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unspent(monkeypatch):
+    """The mechanism must not be called."""
+    from hyperdp_lib import mechanism
+
+    def never(*args, **kwargs):
+        raise AssertionError("the budget was spent")
+
+    monkeypatch.setattr(mechanism, "noisy_sum", never)
+
+
+def answer(monkeypatch, text):
+    """A terminal at which somebody types this; what was asked is on stderr."""
+    typed = io.StringIO(text)
+    typed.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+
+def test_a_dry_run_tells_and_spends_nothing(unspent, digit_folder, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    command = ["release", digit_folder, "--epsilon", "1", "--dry-run"]
+    assert cli.main([*command, "--sheet", str(sheet)]) == 0
+    told = capsys.readouterr().out
+    for expected in ("images: 60, grey", "classes, which become public: 10 (0, 1,", "epsilon 1 at delta 1e-05",
+                     "noise over signal: about 5", "weights: glyphs look nearest", "from 8 x 8 to 16 x 16"):  # fmt: skip
+        assert expected in told
+    (recommended,) = [line for line in told.splitlines() if line.startswith("recommended: ")]
+    options = cli._parser().parse_args(shlex.split(recommended.removeprefix("recommended: hyperdp ")))
+    assert (options.images, options.epsilon, options.hypernetwork) == (digit_folder, 1.0, "glyphs-nested")
+    assert (options.declared_size, options.looks) == (60, 2)
+    assert Image.open(sheet).size[0] > 600 and list(tmp_path.iterdir()) == [sheet]
+    assert cli.main([*command, "--json", "--invert", "--unlabelled"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert "--invert --unlabelled" in plain["facts"][-1] and "classes: none, one adapter" in plain["facts"]
+
+
+def test_what_a_careful_operator_would_change_comes_first(unspent, weights, tmp_path, capsys):
+    """Inverted images, three images, a large epsilon and delta: each is said while nothing is spent."""
+    data.save_npz(tmp_path / "white.npz", data.ImageSet(-data.digits("train").images[:3]))
+    command = ["release", str(tmp_path / "white.npz"), "--hypernetwork", weights, "--dry-run", "--json"]
+    assert cli.main([*command, "--epsilon", "50", "--delta", "0.4"]) == 0
+    advice = " ".join(json.loads(capsys.readouterr().out)["advice"])
+    assert "--invert" in advice and "epsilon 50 promises little" in advice and "above 1/n" in advice
+    assert cli.main([*command, "--epsilon", "1", "--invert"]) == 0
+    advice = " ".join(json.loads(capsys.readouterr().out)["advice"])
+    assert "the noise prevails" in advice and "--invert" not in advice
+
+
+def test_an_earlier_release_of_the_folder_adds_up(unspent, released, weights, digit_folder, capsys):
+    command = ["release", digit_folder, *RELEASE, *DIGIT_CLASSES, "--hypernetwork", weights, "--dry-run"]
+    assert cli.main([*command, "--out", str(released.folder)]) == 0
+    # mu of epsilon 1 at 1e-5 is 0.268; sqrt(2) times that is epsilon 1.48 (dp-accounting's PLD says the same)
+    assert "both cost epsilon 1.48 together" in capsys.readouterr().out
+
+
+def test_the_names_of_class_folders_are_declared_or_asked_for(unspent, weights, digit_folder, refused, tmp_path):
+    command = ["release", digit_folder, *RELEASE, "--hypernetwork", weights, "--out", tmp_path / "out"]
+    refused(*command, expect="would become public: add --classes 0 1 2 3 4 5 6 7 8 9, or --yes, or --unlabelled")
+    refused(*command[:-2], expect="give --out, or --dry-run")
+    refused(*command, "--sheet", tmp_path / "sheet.png", expect="it goes with --dry-run")
+
+
+@pytest.mark.parametrize("typed", ["n\n", "", "yess\n"])
+def test_a_terminal_is_asked_and_no_is_no(typed, unspent, weights, digit_folder, tmp_path, monkeypatch, capsys):
+    answer(monkeypatch, typed)
+    command = ["release", digit_folder, *RELEASE, "--hypernetwork", weights, "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err.endswith("[y/N] hyperdp: not released; nothing was spent\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_is_asked_and_yes_is_yes(weights, digit_folder, tmp_path, monkeypatch, capsys):
+    answer(monkeypatch, "y\n")
+    command = ["release", digit_folder, *RELEASE, "--hypernetwork", weights, "--num-samples", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "[y/N]" in capsys.readouterr().err and (tmp_path / "out" / "certificate.json").is_file()
+
+
+def test_input_that_looks_wrong_waits_for_somebody_to_say_that_it_is_right(weights, refused, tmp_path, capsys):
+    Image.fromarray(np.full((9, 9), 7, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((9, 9), 8, np.uint8)).save(tmp_path / "b.png")
+    command = ["release", tmp_path, *RELEASE, "--hypernetwork", weights, "--num-samples", "0"]
+    refused(*command, "--out", tmp_path.parent / "waits", expect="or add --yes if it is meant so")
+    assert cli.main([*map(str, command), "--yes", "--out", str(tmp_path.parent / "waits")]) == 0
+
+
+@pytest.mark.parametrize("order", ["as declared", "last class emptied", "first class emptied"])
+def test_whether_a_class_is_empty_does_not_show(order, weights, tmp_path, capsys):
+    """Taking the only image of a class away changes neither folders nor anything but noise."""
+    images = torch.rand(5, 1, 16, 16) * 2 - 1
+    labels = torch.tensor({"as declared": [0, 1, 1, 1, 2], "last class emptied": [0, 1, 1, 1, 1]}.get(order, [1, 1, 1, 2, 2]))
+    arrays = {"images": data.to_uint8(images), "labels": labels.numpy()}
+    np.savez(tmp_path / "private.npz", **arrays)
+    command = ["release", str(tmp_path / "private.npz"), "--epsilon", "1", "--hypernetwork", weights]
+    command += ["--num-samples", "3", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2 and "--classes" in capsys.readouterr().err  # never read off the labels
+    assert cli.main([*command, "--classes", "a", "b", "c"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "classes").iterdir()) == ["a", "b", "c"]
+    stated = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert "class names: a, b, c" in [entry["description"] for entry in stated["ledger"]]
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_an_empty_folder_is_released_as_noise(weights, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    command = ["release", str(tmp_path / "in"), *RELEASE, "--hypernetwork", weights, "--num-samples", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "images: 0" in capsys.readouterr().err and cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
 # ---- sample ----------------------------------------------------------------------------------------------
@@ -651,7 +768,7 @@ def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_pa
 
     out, refined, drawn = tmp_path / "out", tmp_path / "refined", tmp_path / "drawn.npz"
     nested = ["--hypernetwork", "glyphs-nested"]
-    command = ["release", str(digit_folder), "--epsilon", "1000", "--seed", "0", "--num-samples", "20", *nested]
+    command = ["release", str(digit_folder), "--yes", "--epsilon", "1000", "--seed", "0", "--num-samples", "20", *nested]
     assert cli.main([*command, "--declared-size", "2000", "--out", str(out)]) == 0
     shares = json.loads((out / "parts.json").read_text())
     classes = json.loads((out / "certificate.json").read_text())["class_names"]
