@@ -19,7 +19,16 @@ from typing import Any
 
 from hyperdp_lib import accounting
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
-from hyperdp_lib.ledger import LedgerEntry, conversion, gaussian_charge, gaussian_multipliers, ledger_epsilon, size_told
+from hyperdp_lib.ledger import (
+    CLASS_NAMES,
+    LedgerEntry,
+    conversion,
+    declaration,
+    gaussian_charge,
+    gaussian_multipliers,
+    ledger_epsilon,
+    size_told,
+)
 from hyperdp_lib.mechanism import GaussianSum
 from hyperdp_lib.strict_json import check_types, decode, loads, plain
 
@@ -158,8 +167,12 @@ def ledger_certificate(
     """Certificate of any method: what follows from the ledger, and other `fields` of :class:`Certificate`.
 
     ``epsilon`` is the budget asked for: stated if the ledger stays within it and nearly fills it (DP-SGD's
-    accountants leave up to 2 %), else what was spent is. ``num_private`` is dropped where it is secret.
+    accountants leave up to 2 %), else what was spent is. ``num_private`` is dropped where it is secret. Class names are
+    declared public, and so enter the ledger.
     """
+    names = fields.get("class_names") or ()
+    if names and not any(entry.quantity == CLASS_NAMES for entry in ledger):
+        ledger = (declaration(CLASS_NAMES, f"class names: {', '.join(names)}"), *ledger)
     spent = ledger_epsilon(ledger, delta, neighboring_relation)
     slack = 0.02 if any(entry.kind == "dp_sgd" for entry in ledger) else 1e-6
     stated = epsilon if epsilon is not None and spent <= epsilon <= spent * (1 + slack) else spent

@@ -389,8 +389,8 @@ def test_a_dry_run_tells_and_spends_nothing(unspent, digit_folder, tmp_path, cap
     command = ["release", digit_folder, "--epsilon", "1", "--dry-run"]
     assert cli.main([*command, "--sheet", str(sheet)]) == 0
     told = capsys.readouterr().out
-    for expected in ("images: 60, grey", "classes, which become public: 10 (0, 1,", "epsilon 1 at delta 1e-05",
-                     "noise over signal: about 5", "weights: glyphs look nearest", "from 8 x 8 to 16 x 16"):  # fmt: skip
+    facts = "images: 60, grey", "classes, which become public: 10 (0, 1,", "epsilon 1 at delta 1e-05", "from 8 x 8 to"
+    for expected in (*facts, "noise over signal: about 5", "weights: glyphs look nearest"):
         assert expected in told
     (recommended,) = [line for line in told.splitlines() if line.startswith("recommended: ")]
     options = cli._parser().parse_args(shlex.split(recommended.removeprefix("recommended: hyperdp ")))
@@ -452,11 +452,11 @@ def test_input_that_looks_wrong_waits_for_somebody_to_say_that_it_is_right(weigh
     assert cli.main([*map(str, command), "--yes", "--out", str(tmp_path.parent / "waits")]) == 0
 
 
-@pytest.mark.parametrize("order", ["as declared", "last class emptied", "first class emptied"])
-def test_whether_a_class_is_empty_does_not_show(order, weights, tmp_path, capsys):
+@pytest.mark.parametrize("labels", [[0, 1, 1, 1, 2], [0, 1, 1, 1, 1], [1, 1, 1, 1, 2]])
+def test_whether_a_class_is_empty_does_not_show(labels, weights, tmp_path, capsys):
     """Taking the only image of a class away changes neither folders nor anything but noise."""
     images = torch.rand(5, 1, 16, 16) * 2 - 1
-    labels = torch.tensor({"as declared": [0, 1, 1, 1, 2], "last class emptied": [0, 1, 1, 1, 1]}.get(order, [1, 1, 1, 2, 2]))
+    labels = torch.tensor(labels)
     arrays = {"images": data.to_uint8(images), "labels": labels.numpy()}
     np.savez(tmp_path / "private.npz", **arrays)
     command = ["release", str(tmp_path / "private.npz"), "--epsilon", "1", "--hypernetwork", weights]
@@ -768,8 +768,8 @@ def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_pa
 
     out, refined, drawn = tmp_path / "out", tmp_path / "refined", tmp_path / "drawn.npz"
     nested = ["--hypernetwork", "glyphs-nested"]
-    command = ["release", str(digit_folder), "--yes", "--epsilon", "1000", "--seed", "0", "--num-samples", "20", *nested]
-    assert cli.main([*command, "--declared-size", "2000", "--out", str(out)]) == 0
+    command = ["release", str(digit_folder), "--yes", "--epsilon", "1000", "--seed", "0", "--num-samples", "20"]
+    assert cli.main([*command, *nested, "--declared-size", "2000", "--out", str(out)]) == 0
     shares = json.loads((out / "parts.json").read_text())
     classes = json.loads((out / "certificate.json").read_text())["class_names"]
     assert len(shares) > len(classes) and sum(shares.values()) == 20 * len(classes)
