@@ -113,8 +113,9 @@ def preview(
         advice.append(f"epsilon {epsilon:.4g} promises little; 1 is a usual choice")
     if ratio > 1:
         advice.append("the noise prevails: pool classes (--unlabelled), collect more images, or do not release")
-    if kind == "grey" and count and not inverted and float(private.images.mean()) > 0:
-        advice.append("these images are more white than black; weights for white on black want --invert")
+    if kind == "grey" and count and float(private.images.mean()) * (-1 if inverted else 1) > 0:
+        what = "without --invert" if inverted else "with --invert"
+        advice.append(f"the model would see more white than black; weights for white on black are better {what}")
     if earlier is not None and (told := _earlier(earlier, noise_multiplier, delta, neighboring_relation)):
         advice.append(told)
     return Preview(tuple(facts), tuple(advice), private.warnings)
