@@ -19,6 +19,7 @@ The modules, in the order in which to read them:
 `ledger`            everything that touched private data, added up
 `artefacts`         files written whole or not at all, with checksums
 `strict_json`       JSON without surprises
+`preview`           what a release would do, told to the operator before anything is spent
 `progress`          progress bars, on terminals only
 `hypernetwork`      noisy sum -> LoRA adapter
 `adapter`           many adapters in one batch, PEFT folders
@@ -109,6 +110,7 @@ __all__ = [
     "photographs",
     "posterior",
     "private_scores",
+    "preview",
     "progress",
     "records",
     "reference_stats",

@@ -18,17 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from hyperdp_lib import accounting
+from hyperdp_lib import ledger as ledgers
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
-from hyperdp_lib.ledger import (
-    CLASS_NAMES,
-    LedgerEntry,
-    conversion,
-    declaration,
-    gaussian_charge,
-    gaussian_multipliers,
-    ledger_epsilon,
-    size_told,
-)
+from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import GaussianSum
 from hyperdp_lib.strict_json import check_types, decode, loads, plain
 
@@ -167,21 +159,19 @@ def ledger_certificate(
     """Certificate of any method: what follows from the ledger, and other `fields` of :class:`Certificate`.
 
     ``epsilon`` is the budget asked for: stated if the ledger stays within it and nearly fills it (DP-SGD's
-    accountants leave up to 2 %), else what was spent is. ``num_private`` is dropped where it is secret. Class names are
-    declared public, and so enter the ledger.
+    accountants leave up to 2 %), else what was spent is. ``num_private`` is dropped where it is secret.
+    Class names enter the ledger, as declared public.
     """
-    names = fields.get("class_names") or ()
-    if names and not any(entry.quantity == CLASS_NAMES for entry in ledger):
-        ledger = (declaration(CLASS_NAMES, f"class names: {', '.join(names)}"), *ledger)
-    spent = ledger_epsilon(ledger, delta, neighboring_relation)
+    ledger = ledgers.with_class_names(ledger, fields.get("class_names") or ())
+    spent = ledgers.ledger_epsilon(ledger, delta, neighboring_relation)
     slack = 0.02 if any(entry.kind == "dp_sgd" for entry in ledger) else 1e-6
     stated = epsilon if epsilon is not None and spent <= epsilon <= spent * (1 + slack) else spent
-    multipliers = gaussian_multipliers(ledger)
+    multipliers = ledgers.gaussian_multipliers(ledger)
     secret = neighboring_relation == "add_or_remove_one"
     derived = {
-        "num_private_treatment": size_told(ledger, secret),
+        "num_private_treatment": ledgers.size_told(ledger, secret),
         "labels": "public label set, private labels" if fields.get("class_names") else "none",
-        "conversion": conversion(ledger),
+        "conversion": ledgers.conversion(ledger),
         "versions": library_versions(),
     }
     return Certificate(
@@ -216,10 +206,11 @@ def gaussian_certificate(
     'This adapter is (epsilon = 1, delta = 1e-05)-differe'
     """
     if config.neighboring_relation == "add_or_remove_one":
-        fields = {"num_private_treatment": f"{size_told(ledger, True)}; noisy count released in the same sum"} | fields
+        told = ledgers.size_told(ledger, True)
+        fields = {"num_private_treatment": f"{told}; noisy count released in the same sum"} | fields
     numbers = "noise_multiplier noise_std clip_norm sensitivity grid_bits dimension num_rows".split()
     return ledger_certificate(
-        (*ledger, gaussian_charge(description, config.noise_multiplier, delta, config.neighboring_relation)),
+        (*ledger, ledgers.gaussian_charge(description, config.noise_multiplier, delta, config.neighboring_relation)),
         delta,
         method=method, mechanism=GAUSSIAN_SUM, neighboring_relation=config.neighboring_relation,
         rng=SEEDED_NOISE if seeded else OS_NOISE,

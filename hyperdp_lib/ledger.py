@@ -90,6 +90,13 @@ def declaration(quantity: str, description: str) -> LedgerEntry:
     return LedgerEntry("declared_public", description, 0.0, 0.0, quantity=quantity)
 
 
+def with_class_names(ledger: Sequence[LedgerEntry], class_names: Sequence[str]) -> tuple[LedgerEntry, ...]:
+    """The ledger, in which class names stand as declared public, unless there are none or they stand there already."""
+    if not class_names or any(entry.quantity == CLASS_NAMES for entry in ledger):
+        return tuple(ledger)
+    return (declaration(CLASS_NAMES, f"class names: {', '.join(class_names)}"), *ledger)
+
+
 def gaussian_charge(
     description: str, noise_multiplier: float, delta: float, neighboring_relation: str = "add_or_remove_one"
 ) -> LedgerEntry:

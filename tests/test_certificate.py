@@ -16,8 +16,17 @@ from safetensors.numpy import save_file
 
 from hyperdp_lib import accounting, artefacts, verification
 from hyperdp_lib import certificate as certificates
-from hyperdp_lib.certificate import STAMP, Certificate, LedgerEntry, gaussian_certificate, gaussian_charge
-from hyperdp_lib.ledger import CLASS_NAMES, CLASS_SIZES, NUMBER_OF_IMAGES, conversion, declaration, ledger_epsilon
+from hyperdp_lib.certificate import STAMP, Certificate, gaussian_certificate
+from hyperdp_lib.ledger import (
+    CLASS_NAMES,
+    CLASS_SIZES,
+    NUMBER_OF_IMAGES,
+    LedgerEntry,
+    conversion,
+    declaration,
+    gaussian_charge,
+    ledger_epsilon,
+)
 from hyperdp_lib.looks import declared
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
 from hyperdp_lib.verification import verify

@@ -17,6 +17,7 @@ PACKAGE = Path(hyperdp_lib.__file__).parent
 MAY_HOLD_PRIVATE_DATA = {
     "mechanism": "the one place where private data becomes public",
     "release": "passes private images to the embedding and its sums to the mechanism",
+    "preview": "tells whoever holds the private images what a release of them would do",
     "looks": "hands private images to the embedding and its offsets to the mechanism, twice",
     "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
     "data": "reads private images from files, and changes nothing else",
@@ -38,7 +39,7 @@ NEVER_PRIVATE = (
     "hypernetwork", "nested", "cells", "posterior", "neighbours", "refinement", "classifier", "training",
     "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
     "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards", "theory",
-    "lora_geometry", "lora_products", "__init__", "__main__",
+    "lora_geometry", "lora_products", "progress", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "looks", "baselines", "private_scores")
