@@ -206,7 +206,7 @@ def _read_all(
     files: Sequence[Path], fit: Fit, window: Window | None, notes: Sequence[str], ignored: Sequence[Path]
 ) -> ImageFiles:
     """The images of files, without labels."""
-    from tqdm import tqdm
+    from .progress import progress_bar
 
     empty = fit(np.empty((0, 1, 1, 1), dtype=np.uint8))
     fitted = np.empty((len(files), *empty.shape[1:]), dtype=np.uint8)
@@ -214,7 +214,7 @@ def _read_all(
     channels, deep = np.zeros(len(files), dtype=int), np.zeros(len(files), dtype=bool)
     digests: set[bytes] = set()
     decisions: Counter[str] = Counter()
-    for position, file in enumerate(tqdm(files, desc="reading images", delay=2, disable=None, leave=False)):
+    for position, file in enumerate(progress_bar(files, desc="reading images")):
         pixels, deep[position], made = picture(file, window)
         sizes.add(pixels.shape[:2])
         channels[position] = pixels.shape[2]
