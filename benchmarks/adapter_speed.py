@@ -27,7 +27,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, apply_adapters, lora_geometry
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "adapter_speed.json"
 TARGETS = {"dit": 1.25, "unet": 1.7}
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     arguments = parser.parse_args()
+    require_commit(arguments.out)
     torch.set_num_threads(1)
     record: dict = {
         "num_adapters": arguments.num_adapters,

@@ -29,7 +29,7 @@ from hyperdp_lib.baselines import controls
 from hyperdp_lib.baselines.decoders import smoke_preset
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.nested import Blocks, NestedHyperNetwork
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.training import PRESETS, Preset, StageConfig
 
 RESULT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "blocks.json"
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    require_commit(options.result)
     torch.set_num_threads(1)
     started = datetime.now(UTC)
     preset = dataclasses.replace(PRESETS["glyphs"], pool_tasks=nested.POOL_TASKS, joint_stage=STAGE)

@@ -28,7 +28,7 @@ from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "cells.json"
 LABELLED = (("quickdraw", 150), ("kkanji", 150), ("quickdraw", 1000))  # images of a class
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
+    require_commit(options.out)
     started = datetime.now(UTC)
     models = load_pretrained("glyphs-nested")
     sets = [(*one, True) for one in LABELLED] + [(*one, False) for one in MIXED]

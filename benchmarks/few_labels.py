@@ -36,7 +36,7 @@ from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.posterior import Prior
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "few_labels.json"
 SETS = ("glyphs", "kkanji", "quickdraw", "omniglot", "digits")
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30, help="draws of classes and noise; default: 30")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     started = datetime.now(UTC)
     encoder = load_pretrained("glyphs-nested")[1].using(COORDINATES).encoder
     typical = GlyphTasks(progress=False).sample_tasks(1500, 12, torch.Generator().manual_seed(0))

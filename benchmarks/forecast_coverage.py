@@ -35,7 +35,7 @@ from scipy import stats
 
 from hyperdp_lib import evaluation, forecast, tuning
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "forecast_coverage.json"
 EPSILON = 1.0
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many; default: all")
     parser.add_argument("--forecasts", type=int, default=len(FORECASTS), help="how many; default: all")
     options = parser.parse_args()
+    require_commit(options.out)
     started = datetime.now(UTC)
     found = []
     for setting in SETTINGS[: options.settings]:

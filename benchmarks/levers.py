@@ -31,7 +31,7 @@ from typing import Any
 
 from hyperdp_lib import comparison, evaluation
 from hyperdp_lib.hypernetwork import features_file, resolve
-from hyperdp_lib.records import Record, provenance, write_atomically
+from hyperdp_lib.records import Record, provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "levers.json"
 EPSILON = 1.0
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=LEVERS, metavar="LEVER", help="default: all")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     if options.seeds < 2:
         parser.error("--seeds must be at least 2, for there is no spread of one")
     started = datetime.now(UTC)

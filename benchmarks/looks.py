@@ -39,7 +39,7 @@ from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.looks import LooksConfig
 from hyperdp_lib.posterior import Prior
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "looks.json"
 DELTA, IMAGES, SAMPLES = 1e-5, 128, 500
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10, help="of labels; default: 10")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     if min(options.seeds, options.repetitions) < 2:
         parser.error("--seeds and --repetitions must be at least 2, for there is no spread of one")
     started = datetime.now(UTC)

@@ -30,7 +30,7 @@ from hyperdp_lib import accounting, comparison, data, embedding, mechanism
 from hyperdp_lib.baselines.dp_lora import train_dp_lora
 from hyperdp_lib.baselines.methods import plain_config
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.release import decode, release
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "release_speed.json"
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps-fraction", type=float, default=1.0, help="of DP-SGD's steps to time, in (0, 1]")
     parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write")
     arguments = parser.parse_args()
+    require_commit(arguments.out)
     if not 0 < arguments.steps_fraction <= 1:
         parser.error("--steps-fraction must lie in (0, 1]")
     started = datetime.now(UTC)

@@ -44,7 +44,7 @@ from hyperdp_lib.classifier import Classifier
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.hypernetwork import features_file, load_pretrained, noisy_count
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
 # private set, how many of its images, and in how many looks
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--looks", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="default: one, and two")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.looks == [2] else None
     if min(options.seeds, options.repetitions) < 2:
         parser.error("--seeds and --repetitions must be at least 2, for there is no spread of one")

@@ -33,7 +33,7 @@ from hyperdp_lib import embedding, mechanism
 from hyperdp_lib.data import from_levels
 from hyperdp_lib.diffusion import build_base_model, denoising_loss
 from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.training import PRESETS, TaskPool, adapted_loss, stream
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "throughput.json"
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     torch.set_num_threads(1)
     started = datetime.now(UTC)
     content = {

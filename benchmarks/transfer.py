@@ -28,7 +28,7 @@ from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.nested import COORDINATES
 from hyperdp_lib.posterior import Prior
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "transfer.json"
 SETS = {"glyphs": (12, 140), "kkanji": (12, 140), "quickdraw": (12, 140), "omniglot": (12,), "digits": (12, 140)}
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    require_commit(options.out)
     started = datetime.now(UTC)
     nested = load_pretrained("glyphs-nested")[1]
     encoders = {"plain": load_pretrained("glyphs")[1].encoder}

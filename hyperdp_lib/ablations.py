@@ -113,6 +113,7 @@ def run(
     path = results / f"{name}.json"
     if path.is_file():
         return path
+    records.require_commit(path)
     started = datetime.now(UTC)
     variant = VARIANTS[name]
     preset = variant.preset(reference)

@@ -103,6 +103,7 @@ def compare(
     grid(methods, epsilons, exact=exact)  # refuse bad input before anything is loaded
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
+    records.require_commit(out)
     setting = functools.partial(
         _set_up,
         private,

@@ -418,7 +418,7 @@ def learned(evidence: Evidence) -> list[Check]:
     if not path.is_file():
         return []
     content, checks = json.loads(path.read_text(encoding="utf-8")), []
-    command = content["provenance"]["command"].replace("learned.py", "python -m hyperdp_lib.theory.learned", 1)
+    command = content["provenance"]["command"]
     for name, row in content["rows"].items():
         settings, trainings = row["settings"], len(row["trainings"])
         for line in row["summary"]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # importing pandas costs a second, and writing a record does 
     import pandas as pd
 
 _CELL = ("pair", "method", "epsilon", "num_private")
+# of the repository: what a record's numbers come from
+_CODE = ("hyperdp_lib", "benchmarks", "data_scripts")
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,14 @@ def cell_name(pair: str, method: str, epsilon: float | None, num_private: int, s
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file through a temporary neighbour and a rename, creating the folder."""
+    """Write a text file through a temporary neighbour and a rename, creating the folder.
+
+    A record that names no commit, or one with changes, is an `InputError` in a folder of the repository: see
+    `require_commit`.
+    """
     path = Path(path)
+    if re.search(r'"commit": "(unknown|[^"]*-dirty)"', text):
+        _refuse_in_repository(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     artefacts.write_atomic(path, text.encode())
 
@@ -182,7 +191,8 @@ def provenance(
 ) -> dict[str, Any]:
     """Where a record comes from: command, commit, kind of device, versions, start time (UTC).
 
-    No host or user name, no absolute path.  ``command`` defaults to this process's command line.
+    No host or user name, no absolute path.  ``command`` defaults to this process's command line.  A commit with
+    ``-dirty`` says that the code had changes; such a record cannot be written into the repository (`require_commit`).
     """
     return {
         "command": command if command is not None else _command_line(sys.argv),
@@ -217,13 +227,51 @@ def _device(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {len(cores)} cores, {torch.get_num_threads()} threads)"
 
 
+def require_commit(out: str | Path) -> None:
+    """Stop before work whose record could not say from which commit it came.
+
+    Parameters
+    ----------
+    out : path
+        File or folder to be written. What git does not track (``runs/``) and other folders may hold anything.
+
+    Raises
+    ------
+    InputError
+        If it is in a folder that the repository tracks, and the code has changes that are not committed.
+    """
+    if not re.fullmatch("[0-9a-f]+", _commit()):
+        _refuse_in_repository(Path(out))
+
+
+def _refuse_in_repository(path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    place = path.resolve()
+    if place == root or not place.is_relative_to(root):
+        return
+    if _git("ls-files", "--", place.relative_to(root).parts[0]):
+        raise InputError(
+            f"{path} would be a record of code that is not committed ({_commit()}): commit the changes of "
+            f"{', '.join(_CODE)} first, or write to a folder outside the repository or to runs/."
+        )
+
+
 @functools.cache
 def _commit() -> str:
-    """Commit of the working tree, with ``-dirty`` if it was changed; ``unknown`` outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+    """Commit of the code, with ``-dirty`` if files of `_CODE` differ from it; ``unknown`` outside a repository."""
+    if not _git("ls-files", "--", "hyperdp_lib/records.py"):  # installed, perhaps below a repository of something else
         return "unknown"
+    changed = _git("status", "--porcelain", "--", *_CODE)
+    return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the repository that this package stands in; empty if there is none."""
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
     return done.stdout.strip()

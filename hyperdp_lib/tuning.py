@@ -20,6 +20,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,15 @@ def _trial(
         found = json.loads(path.read_text(encoding="utf-8"))
         if {key: found.get(key) for key in asked} == asked:
             return found
-    started = time.perf_counter()
+    started, clock = datetime.now(UTC), time.perf_counter()
     own = dataclasses.replace(bench, settings=settings)
     scores = rehearse(
         method, own, tasks, epsilon=epsilon, num_private=num_private, num_classes=num_classes, seed=seed
     )
-    trial = {**asked, "scores": scores, "seconds": round(time.perf_counter() - started, 2)}
+    trial = {
+        **asked, "scores": scores, "seconds": round(time.perf_counter() - clock, 2),
+        "provenance": records.provenance(None, bench.device, started),
+    }  # fmt: skip
     records.write_atomically(path, json.dumps(trial, indent=1) + "\n")
     return trial
 
@@ -284,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-images", type=int, default=1000, help="samples for each trial; default: 1000")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
+    records.require_commit(options.out)
     tasks = held_out_tasks(options.hypernetwork)
     bench = public_bench(options.hypernetwork, device=options.device)
     shown = bench.settings.num_images

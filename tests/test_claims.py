@@ -236,11 +236,12 @@ def test_subspace_crossover_and_learned_hypernetwork(tmp_path: Path) -> None:
     for risk, outcome in ((0.08, HOLDS), (0.2, FAILS), (0.111, UNDECIDED)):
         line = {"epsilon": 1.0, "num_private": 200, "risk": risk, "deviation_over_seeds": 0.01, "closed_form": 0.1}
         elsewhere = {**line, "epsilon": 8.0, "risk": 99.0}
-        content = {"rows": {"one": {**learned, "summary": [line, elsewhere]}}, "provenance": {"command": "learned.py"}}
+        made = {"command": "learned.py --out x"}
+        content = {"rows": {"one": {**learned, "summary": [line, elsewhere]}}, "provenance": made}
         (tmp_path / "theory" / "learned.json").write_text(json.dumps(content), encoding="utf-8")
         finding = judged(tmp_path, "The hypernetwork learns the shared structure")
         assert outcomes(finding) == [outcome]
-    assert "python -m hyperdp_lib.theory.learned" in claims.details(finding)
+    assert "\nlearned.py --out x\n" in claims.details(finding)  # as it is on record
     assert "time not recorded" in claims.details(finding)
 
 

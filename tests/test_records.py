@@ -1,8 +1,10 @@
 """Records round-trip, are written whole or not at all, and name no machine."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 from hyperdp_lib import records
 from hyperdp_lib.data import InputError
+
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results"
 
 
 def record(**changes):
@@ -116,3 +120,170 @@ def test_a_module_that_was_started_by_name_is_recorded_so():
     assert shown == "python -m hyperdp_lib.theory.learned --quick"
     assert records._command_line([str(package / "__main__.py"), "compare"]) == "python -m hyperdp_lib compare"
     assert records._command_line(["/usr/bin/hyperdp", "compare", "/secret/place/x.npz"]) == "hyperdp compare x.npz"
+
+
+def test_a_record_of_code_with_changes_is_refused_in_the_repository(monkeypatch, tmp_path):
+    published = RESULTS / "never.json"
+    said = {"status": " M hyperdp_lib/data.py"}
+    monkeypatch.setattr(records, "_git", lambda *arguments: said.get(arguments[0], "abc"))
+    records._commit.cache_clear()
+    try:
+        dirty = record(provenance=records.provenance("c")).to_json()
+        assert '"commit": "abc-dirty"' in dirty
+        for refused in (lambda: records.require_commit(published), lambda: records.write_atomically(published, dirty)):
+            with pytest.raises(InputError, match=r"not committed \(abc-dirty\): commit the changes"):
+                refused()
+        records.require_commit(tmp_path)
+        records.write_atomically(tmp_path / "free.json", dirty)
+    finally:
+        records._commit.cache_clear()
+    assert not published.exists() and (tmp_path / "free.json").is_file()
+
+
+# made from code that was not committed, or at a commit that is not in the history: to be made again
+TO_BE_MADE_AGAIN = """
+audit/dp_sgd.json
+audit/intact.json
+audit/inversion.json
+audit/membership_dp_deepsets_eps1.json
+audit/membership_dp_deepsets_eps10.json
+audit/membership_dp_deepsets_epsinf.json
+audit/membership_dp_lora_eps1.json
+audit/membership_dp_lora_eps10.json
+audit/membership_lora_non_private_epsinf.json
+audit/mutants.json
+audit/release.json
+benchmarks/forecast_coverage.json
+benchmarks/looks.json
+duplicates/drawings-fashion.json
+duplicates/drawings-mnist.json
+duplicates/tinyimagenet-cifar10.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed0.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed1.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed2.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed0.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed1.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed2.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed0.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed1.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed2.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed0.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed1.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed2.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed0.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed1.json
+glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed2.json
+glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed0.json
+glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed1.json
+glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed2.json
+glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed0.json
+glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed1.json
+glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed2.json
+glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed0.json
+glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed1.json
+glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed2.json
+glyphs-digits-no-lookalikes_real_epsinf_n128_seed0.json
+glyphs-digits-no-lookalikes_real_epsinf_n1437_seed0.json
+glyphs-digits-no-lookalikes_real_epsinf_n1437_seed1.json
+glyphs-digits-no-lookalikes_real_epsinf_n1437_seed2.json
+glyphs-digits_dp_deepsets_eps0.5_n1437_seed0.json
+glyphs-digits_dp_deepsets_eps0.5_n1437_seed1.json
+glyphs-digits_dp_deepsets_eps0.5_n1437_seed2.json
+glyphs-digits_dp_deepsets_eps10_n1437_seed0.json
+glyphs-digits_dp_deepsets_eps10_n1437_seed1.json
+glyphs-digits_dp_deepsets_eps10_n1437_seed2.json
+glyphs-digits_dp_deepsets_eps1_n1437_seed0.json
+glyphs-digits_dp_deepsets_eps1_n1437_seed1.json
+glyphs-digits_dp_deepsets_eps1_n1437_seed2.json
+glyphs-digits_dp_deepsets_eps2_n1437_seed0.json
+glyphs-digits_dp_deepsets_eps2_n1437_seed1.json
+glyphs-digits_dp_deepsets_eps2_n1437_seed2.json
+glyphs-digits_dp_deepsets_eps4_n1437_seed0.json
+glyphs-digits_dp_deepsets_eps4_n1437_seed1.json
+glyphs-digits_dp_deepsets_eps4_n1437_seed2.json
+glyphs-digits_nearest_public_eps0.5_n1437_seed0.json
+glyphs-digits_nearest_public_eps0.5_n1437_seed1.json
+glyphs-digits_nearest_public_eps0.5_n1437_seed2.json
+glyphs-digits_nearest_public_eps10_n1437_seed0.json
+glyphs-digits_nearest_public_eps10_n1437_seed1.json
+glyphs-digits_nearest_public_eps10_n1437_seed2.json
+glyphs-digits_nearest_public_eps1_n1437_seed0.json
+glyphs-digits_nearest_public_eps1_n1437_seed1.json
+glyphs-digits_nearest_public_eps1_n1437_seed2.json
+glyphs-digits_nearest_public_eps2_n1437_seed0.json
+glyphs-digits_nearest_public_eps2_n1437_seed1.json
+glyphs-digits_nearest_public_eps2_n1437_seed2.json
+glyphs-digits_nearest_public_eps4_n1437_seed0.json
+glyphs-digits_nearest_public_eps4_n1437_seed1.json
+glyphs-digits_nearest_public_eps4_n1437_seed2.json
+glyphs-digits_nearest_public_epsinf_n1437_seed0.json
+glyphs-digits_nearest_public_epsinf_n1437_seed1.json
+glyphs-digits_nearest_public_epsinf_n1437_seed2.json
+layers/digits.json
+theory/learned.json
+""".split()
+
+
+def commits(content):
+    """Of every block of provenance in a record, however deep."""
+    if isinstance(content, dict):
+        found = [content["commit"]] if "commit" in content and "command" in content else []
+        return found + [commit for value in content.values() for commit in commits(value)]
+    return [commit for value in content for commit in commits(value)] if isinstance(content, list) else []
+
+
+def test_every_record_names_a_commit_of_the_history():
+    if records._git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("the history is not here")
+    history = records._git("rev-list", "HEAD").split()
+    known = {commit[:12] for commit in history}
+    wrong = []
+    trials = json.loads((RESULTS / "tuning" / "provenance.json").read_text(encoding="utf-8"))["entered"]
+    assert trials.keys() <= set(history) and sum(map(len, trials.values())) <= 194  # none is added
+    entered = {}
+    for commit, names in trials.items():
+        tree = records._git("ls-tree", commit, "book/results/tuning/").splitlines()
+        blobs = {line.split("/")[-1]: line.split()[2] for line in tree}
+        entered |= {name: blobs[name] for name in names}
+    for path in sorted(RESULTS.rglob("*.json")):
+        name, text = path.relative_to(RESULTS).as_posix(), path.read_bytes()
+        if name == "tuning/provenance.json" or name.startswith("settings/"):  # settings are given, not measured
+            continue
+        found = commits(json.loads(text))
+        if not found and name.startswith("tuning/"):
+            blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()
+            if entered.get(path.name) == blob:
+                continue
+        if not found or not all(re.fullmatch("[0-9a-f]{12,40}", one) and one[:12] in known for one in found):
+            wrong.append(name)
+    assert wrong == TO_BE_MADE_AGAIN

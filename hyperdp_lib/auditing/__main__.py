@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=200_000, help="of each audit; default: %(default)s")
     parser.add_argument("--repetitions", type=int, default=100, help="of the intact pipeline; default: %(default)s")
     options = parser.parse_args(arguments)
+    records.require_commit(options.out)
 
     def audits() -> list[dict[str, Any]]:
         cells = [(e, r) for e in (0.5, 1.0, 4.0) for r in ("add_or_remove_one", "replace_one")]

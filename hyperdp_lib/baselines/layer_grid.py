@@ -116,6 +116,7 @@ class Results:
     """One file of results, written after every trial and every cell."""
 
     def __init__(self, path: Path, grid: Grid) -> None:
+        records.require_commit(path)
         self.path, self.grid = path, grid
         self.content: dict[str, Any] = {"settings": grid.plain(), "trials": {}, "cells": {}}
         if path.exists():

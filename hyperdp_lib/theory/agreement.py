@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.theory import bounds, deepsets, rivals, simulation, subspace
 from hyperdp_lib.theory.setting import LinearSetting, gdp_mu
 from hyperdp_lib.theory.simulation import Simulated
@@ -752,6 +752,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     wanted = [one for one in wanted if one.places(chosen.quick)]
     missing = [one for one in wanted if chosen.again or not _is_done(chosen.out, one, chosen.quick)]
+    if missing:
+        require_commit(chosen.out)
     with progress_bar(total=sum(len(one.places(chosen.quick)) for one in missing), unit="point") as bar:
         for one in missing:
             bar.set_description(one.name)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
-from hyperdp_lib.records import provenance, write_atomically
+from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.theory import deepsets
 from hyperdp_lib.theory.setting import Array, LinearSetting, check_sizes, gdp_mu
 from hyperdp_lib.training import Loop, StageConfig, log_uniform
@@ -591,6 +591,7 @@ def _summary(row: Row, trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def make_table(out: str | Path, rows: dict[str, Row], seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Train what ``out`` (JSON) does not hold yet, write it after every training; yield each row when complete."""
     out = Path(out)
+    require_commit(out)
     document: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
     document = {"delta": DELTA, "neighboring_relation": "zero_out", "provenance": provenance(), **document}
     for name, row in rows.items():
