@@ -362,7 +362,8 @@ def test_tuning_picks_the_best_keeps_its_trials_and_never_sees_private_images(mo
     best = tuning.tune("nearest_public", candidates, bench, Tasks(), **asked)
     assert best.num_nearest == 5
     assert len(runs) == 6 + 2 * 2  # six on one set, the best two on two more
-    assert len(os.listdir(tmp_path)) == len(runs)
+    trials = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()]
+    assert len(trials) == len(runs) and all("commit" in trial["provenance"] for trial in trials)
     assert tuning.tune("nearest_public", candidates, bench, Tasks(), **asked) == best
     assert len(runs) == 10  # trials on record are not run again
     candidates[0] = dataclasses.replace(candidates[0], bank_tasks=5)
