@@ -298,6 +298,8 @@ def waterfalls(
     )  # fmt: skip
     for axes in panels.flat[len(falls) :]:
         axes.set_axis_off()
+    if not falls:
+        panels[0][0].text(0, 0.5, report.no_record(scores, epsilon).strip("*"))
     for number, (axes, ((pair, size), steps)) in enumerate(zip(panels.flat, falls.items(), strict=False)):
         _draw_steps(axes, steps, score, seeds=True)
         features = ", ".join(sorted({str(name) for *_, rows in steps for name in rows["scores.features"].dropna()}))

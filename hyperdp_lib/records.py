@@ -175,6 +175,17 @@ def load_records(folder: str | Path) -> pd.DataFrame:
     return pd.json_normalize(rows)
 
 
+def together(*tables: pd.DataFrame) -> pd.DataFrame:
+    """The rows of several tables of `load_records`; a cell with the same seed, delta and relation counts once.
+
+    The first table that has it wins, so records made for the occasion never stand beside those of the book.
+    """
+    import pandas as pd
+
+    rows = pd.concat([table for table in tables if len(table)] or list(tables[:1]), ignore_index=True)
+    return rows.drop_duplicates([*_CELL, "seed", "delta", "neighboring_relation"], ignore_index=True)
+
+
 def mean_and_spread(table: pd.DataFrame, score: str = "scores.accuracy") -> pd.DataFrame:
     """Mean, sample standard deviation over seeds and number of seeds of one column of `load_records`.
 

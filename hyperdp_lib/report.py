@@ -139,6 +139,13 @@ def epsilon_label(epsilon: float) -> str:
     return "∞ (no noise)" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
+def no_record(scores: pd.DataFrame, epsilon: float) -> str:
+    """One line of Markdown: that these rows have no record at this epsilon, and at which finite ones they have."""
+    known = sorted({one for one in scores.get("epsilon", ()) if 0 < one < math.inf} - {epsilon})
+    where = f"on record: ε = {', '.join(map(budget, known))}" if known else "nor at any other"
+    return f"*No record at ε = {budget(epsilon)}; {where}.*"
+
+
 def value(scores: pd.DataFrame, score: str) -> str:
     """Mean and standard deviation over the given rows as text, `0.86 ± 0.01`; a dash if there is none."""
     known = _known(scores, score)
@@ -193,12 +200,16 @@ def sets_table(
     chosen = scores[(scores["num_private"] == num_private) & scores["pair"].isin(tuple(pairs))]
     if chosen.empty:
         return "*No records at these parameters.*"
-    budgets = list(dict.fromkeys(epsilons))
+    asked = list(dict.fromkeys(epsilons))
+    budgets = [epsilon for epsilon in asked if (chosen["epsilon"] == epsilon).any()]
+    absent = [no_record(chosen, epsilon) for epsilon in asked if epsilon not in budgets]
+    if not budgets:
+        return "\n\n".join(absent)
     places = {
-        pairs[one] + (f", ε = {budget(epsilon)}" if len(budgets) > 1 else ""): select(chosen, one, epsilon=epsilon)
+        pairs[one] + (f", ε = {budget(epsilon)}" if len(asked) > 1 else ""): select(chosen, one, epsilon=epsilon)
         for one, epsilon in itertools.product(pairs, budgets)
     }
-    return _side_by_side("method", places, score, against)
+    return "\n\n".join([_side_by_side("method", places, score, against), *absent])
 
 
 def seeds_range(scores: pd.DataFrame, pairs: Iterable[str]) -> tuple[int, int]:

@@ -142,113 +142,11 @@ def test_a_record_of_code_with_changes_is_refused_in_the_repository(monkeypatch,
 
 # made from code that was not committed, or at a commit that is not in the history: to be made again
 TO_BE_MADE_AGAIN = """
-audit/dp_sgd.json
-audit/intact.json
-audit/inversion.json
-audit/membership_dp_deepsets_eps1.json
-audit/membership_dp_deepsets_eps10.json
-audit/membership_dp_deepsets_epsinf.json
-audit/membership_dp_lora_eps1.json
-audit/membership_dp_lora_eps10.json
-audit/membership_lora_non_private_epsinf.json
-audit/mutants.json
-audit/release.json
 benchmarks/forecast_coverage.json
 benchmarks/looks.json
 duplicates/drawings-fashion.json
 duplicates/drawings-mnist.json
 duplicates/tinyimagenet-cifar10.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed0.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed1.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps0.5_n1437_seed2.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed0.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed1.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps10_n1437_seed2.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed0.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed1.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed2.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed0.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed1.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps2_n1437_seed2.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed0.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed1.json
-glyphs-digits-no-lookalikes_dp_deepsets_eps4_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_eps0.5_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_eps10_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_eps2_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_eps4_n1437_seed2.json
-glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed0.json
-glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed1.json
-glyphs-digits-no-lookalikes_nearest_public_epsinf_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps0.5_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps10_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps1_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps2_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_eps4_n1437_seed2.json
-glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed0.json
-glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed1.json
-glyphs-digits-no-lookalikes_noisy_class_means_epsinf_n1437_seed2.json
-glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed0.json
-glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed1.json
-glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed2.json
-glyphs-digits-no-lookalikes_real_epsinf_n128_seed0.json
-glyphs-digits-no-lookalikes_real_epsinf_n1437_seed0.json
-glyphs-digits-no-lookalikes_real_epsinf_n1437_seed1.json
-glyphs-digits-no-lookalikes_real_epsinf_n1437_seed2.json
-glyphs-digits_dp_deepsets_eps0.5_n1437_seed0.json
-glyphs-digits_dp_deepsets_eps0.5_n1437_seed1.json
-glyphs-digits_dp_deepsets_eps0.5_n1437_seed2.json
-glyphs-digits_dp_deepsets_eps10_n1437_seed0.json
-glyphs-digits_dp_deepsets_eps10_n1437_seed1.json
-glyphs-digits_dp_deepsets_eps10_n1437_seed2.json
-glyphs-digits_dp_deepsets_eps1_n1437_seed0.json
-glyphs-digits_dp_deepsets_eps1_n1437_seed1.json
-glyphs-digits_dp_deepsets_eps1_n1437_seed2.json
-glyphs-digits_dp_deepsets_eps2_n1437_seed0.json
-glyphs-digits_dp_deepsets_eps2_n1437_seed1.json
-glyphs-digits_dp_deepsets_eps2_n1437_seed2.json
-glyphs-digits_dp_deepsets_eps4_n1437_seed0.json
-glyphs-digits_dp_deepsets_eps4_n1437_seed1.json
-glyphs-digits_dp_deepsets_eps4_n1437_seed2.json
-glyphs-digits_nearest_public_eps0.5_n1437_seed0.json
-glyphs-digits_nearest_public_eps0.5_n1437_seed1.json
-glyphs-digits_nearest_public_eps0.5_n1437_seed2.json
-glyphs-digits_nearest_public_eps10_n1437_seed0.json
-glyphs-digits_nearest_public_eps10_n1437_seed1.json
-glyphs-digits_nearest_public_eps10_n1437_seed2.json
-glyphs-digits_nearest_public_eps1_n1437_seed0.json
-glyphs-digits_nearest_public_eps1_n1437_seed1.json
-glyphs-digits_nearest_public_eps1_n1437_seed2.json
-glyphs-digits_nearest_public_eps2_n1437_seed0.json
-glyphs-digits_nearest_public_eps2_n1437_seed1.json
-glyphs-digits_nearest_public_eps2_n1437_seed2.json
-glyphs-digits_nearest_public_eps4_n1437_seed0.json
-glyphs-digits_nearest_public_eps4_n1437_seed1.json
-glyphs-digits_nearest_public_eps4_n1437_seed2.json
-glyphs-digits_nearest_public_epsinf_n1437_seed0.json
-glyphs-digits_nearest_public_epsinf_n1437_seed1.json
-glyphs-digits_nearest_public_epsinf_n1437_seed2.json
 layers/digits.json
 theory/learned.json
 """.split()
@@ -287,3 +185,15 @@ def test_every_record_names_a_commit_of_the_history():
         if not found or not all(re.fullmatch("[0-9a-f]{12,40}", one) and one[:12] in known for one in found):
             wrong.append(name)
     assert wrong == TO_BE_MADE_AGAIN
+
+
+def test_a_cell_on_record_twice_counts_once(tmp_path):
+    for folder, distance in (("book", 300.0), ("own", 320.0)):
+        for seed in range(2 if folder == "book" else 1):
+            record(seed=seed, scores={"frechet_distance": distance}).save(tmp_path / folder)
+    record(epsilon=8, scores={"frechet_distance": 5.0}).save(tmp_path / "own")
+    both = records.together(*(records.load_records(tmp_path / folder) for folder in ("book", "own")))
+    spread = records.mean_and_spread(both, "scores.frechet_distance").set_index("epsilon")
+    assert spread.loc[1.0, ["mean", "seeds"]].tolist() == [300.0, 2] and spread.loc[8.0, "mean"] == 5.0
+    empty = records.load_records(tmp_path / "own").iloc[:0]
+    assert len(records.together(empty, both)) == len(both) and records.together(empty, empty).empty

@@ -180,6 +180,11 @@ def test_sets_stand_side_by_side_marked_against_one_method(folder: Path) -> None
         "| DP-LDM | – | – | 15.0 ± 7.1 ▲ | – |",
         "| DP-MEPF | – | – | 56.0 ± 7.1 | – |",  # not told apart
     ]
+    off = report.sets_table(table, pairs, (8.0, math.inf), **asked).splitlines()
+    assert off[0] == "| method | digits, ε = ∞ | others, ε = ∞ |"
+    assert off[-1] == "*No record at ε = 8; on record: ε = 1.*"
+    assert report.sets_table(table, pairs, (8.0,), **asked) == off[-1]
+    assert report.no_record(table[:0], 8.0) == "*No record at ε = 8; nor at any other.*"
     one = report.sets_table(table, pairs, (1.0,), num_private=100).splitlines()
     assert one[0] == "| method | digits | others |" and not any(sign in line for line in one for sign in "▲▼")
     assert "No records" in report.sets_table(table, {PAIR: "digits"}, (1.0,), num_private=3)
