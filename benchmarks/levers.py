@@ -7,11 +7,8 @@ levers, alone and together, and the same seeds of noise and samples. The second 
 coordinates, is of the coordinates' features, their directions and the hypernetwork for ``glyphs``, whose base model
 stays; for ``drawings``, nested from the start, it is of everything:
 
-    python -m hyperdp_lib.nested --seed 1 --out runs/nested-seed1
+    hyperdp train --preset glyphs-nested --seed 1 --out runs/nested-seed1
     HYPERDP_DATA=data hyperdp train --preset drawings --seed 1 --out runs/drawings-seed1
-    for weights in runs/nested-seed1 runs/drawings-seed1/weights; do
-        python -m hyperdp_lib.cells $weights; python -m hyperdp_lib.posterior $weights
-    done
 
 The trainings take three quarters of an hour and two hours of a core, the levers two. Records are kept in ``--runs``,
 where a stopped run goes on. ``--levers`` measures only those named and keeps what else is in the file. Settings, and
@@ -41,7 +38,7 @@ ONCE, LOOP, NEIGHBOURS, DRAWS, CELLS, CELLS_LOOP, LOOKS, LOOKS_LOOP = LEVERS = t
         "nested", "nested_refined", "neighbours", "draws", "cells", "cells_refined", "looks", "looks_refined",
     )
 )  # fmt: skip
-WEIGHTS = {"glyphs": ("glyphs", "runs/nested-seed1"), "drawings": ("drawings", "runs/drawings-seed1/weights")}
+WEIGHTS = {"glyphs": ("glyphs", "runs/nested-seed1/weights"), "drawings": ("drawings", "runs/drawings-seed1/weights")}
 # weights, private set, how many of its images, levers; cells where the rule gives more than one; two looks for letters
 # and strokes alone, since they were thought of when a second training of drawings was not at hand
 SETS = (

@@ -16,9 +16,7 @@ Which cells there are is public: centroids of the vectors of public tasks. How m
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +27,6 @@ from torch import Tensor, nn
 from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError
-from hyperdp_lib.hypernetwork import load_pretrained, resolve, write_half
 from hyperdp_lib.mechanism import MAX_COORDINATES
 from hyperdp_lib.nested import CELLS_FILE, COORDINATES, NestedHyperNetwork
 
@@ -162,7 +159,7 @@ class CellHyperNetwork(nn.Module):
         fitted = hypernetwork.fitting(noise_std, declared_per_class / max(1.0, count / 4))
         k = fitted.encoder.coordinates
         if count > 1 and not fitted.centroids:
-            raise InputError(f"these weights have no {CELLS_FILE}: python -m hyperdp_lib.cells makes it.")
+            raise InputError(f"these weights have no {CELLS_FILE}: training.add_public_tables makes it.")
         return cls(fitted, fitted.centroids[f"{k}x{count}"] if count > 1 else torch.zeros(1, k), counted)
 
     def parts(self, noisy_sum: Tensor, noise_std: Tensor | float) -> list[tuple[Tensor, Tensor]]:
@@ -246,24 +243,3 @@ def mix(decoded: Adapter, slots: Sequence[Tensor], names: Sequence[str]) -> Adap
     factors = {layer: (a[members], b[members]) for layer, (a, b) in decoded.factors.items()}
     told = tuple(f"{name}/{number}" for name in names for number in range(1, SLOTS + 1))
     return dataclasses.replace(decoded, factors=factors, names=told)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the centroids that belong to weights with nested coordinates; public data only, half a minute."""
-    from hyperdp_lib.training import PRESETS
-
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.cells", description=main.__doc__)
-    parser.add_argument("weights", help="name or folder of weights with nested coordinates")
-    folder = resolve(parser.parse_args(arguments).weights)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    tasks = PRESETS[manifest.get("builds_on", manifest["name"])].public_data.tasks()
-    public_images = tasks.sample_tasks(2000, 4, torch.Generator().manual_seed(3)).flatten(0, 1)
-    network = load_pretrained(folder)[1]
-    assert isinstance(network, NestedHyperNetwork)
-    write_half(folder / CELLS_FILE, tabulate(network, public_images))
-    print(folder / CELLS_FILE)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

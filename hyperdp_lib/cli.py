@@ -258,7 +258,9 @@ def _refine(options: argparse.Namespace) -> None:
     weights = _weights_of(options)
     base_model, network = hypernetwork.load_pretrained(weights)
     settings = Settings(bank_tasks=1000, bank_images=12) if options.how == "draws" else Settings()
-    bank = comparison.bank_source(None, settings, comparison.weights_name(weights))
+    bank = comparison.bank_source(None, settings, weights)
+    if options.how != "closed_loop":
+        comparison.public_data(weights)  # says what is missing before any work
     released = release.load_release(options.folder, base_model)
     refined = refinement.refine_release(
         released,
@@ -428,7 +430,7 @@ def _forecast(options: argparse.Namespace) -> None:
     for option in ("num_private", "classes", "num_images"):
         _check_count("--" + option.replace("_", "-"), getattr(options, option))
     _check_device(options.device)
-    from hyperdp_lib import forecast, tuning
+    from hyperdp_lib import comparison, forecast, tuning
 
     made = forecast.forecast(
         options.num_private,
@@ -442,18 +444,20 @@ def _forecast(options: argparse.Namespace) -> None:
         neighboring_relation=options.neighboring_relation,
         bench=tuning.public_bench(options.hypernetwork, device=options.device),
         tasks=tuning.held_out_tasks(options.hypernetwork),
+        about=comparison.public_data(options.hypernetwork).about,
         progress=True,
     )
     told = made.summary()
     if options.json:
         print(json.dumps(told, indent=1))
         return
+    print(f"{made.about[0].upper()}{made.about[1:]}")
     print(
         f"{len(made.rehearsals)} rehearsals on public data; another such data set lies in each interval with "
         f"probability {made.coverage:.0%}:"
     )
     for score in forecast.SCORES:
-        if told[score] is not None:
+        if told[score] is not None and (score != "accuracy" or told["precision"] is not None):  # alone it misleads
             low, high = told[score]["interval"]
             print(f"{score.replace('_', ' '):>16}  {told[score]['expected']:8.3g}   [{low:.3g}, {high:.3g}]")
 
@@ -851,7 +855,7 @@ def _parser() -> Parser:
     add("--json", action="store_true", help="print everything as JSON")
 
     add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
-    add("--preset", required=True, metavar="NAME", help="for example: glyphs")
+    add("--preset", required=True, metavar="NAME", help="for example: glyphs, or the best: glyphs-nested")
     add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME")
     add("--restart", action="store_true", help="begin anew rather than resume")
     add("--seed", type=int, metavar="N", help="of all the training; default: the preset's, 0")

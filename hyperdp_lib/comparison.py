@@ -297,7 +297,7 @@ def _set_up(
         )
     if not 1 <= size <= len(train):
         raise InputError(f"num_private must lie in 1 .. {len(train)}, got {size}.")
-    bank = bank_source(tasks, settings or found, weights, lookalikes)
+    bank = bank_source(tasks, settings or found, hypernetwork, lookalikes)
 
     def examples() -> Tensor:
         return public_images(bank(network.encoder))
@@ -418,17 +418,19 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
     return base_model.to(device), network.to(device), feature_network.to(device), found
 
 
-def public_data(name: str) -> Any:
-    """What the tasks are made of that train the weights of this name; of weights by any other name, the glyphs."""
-    from hyperdp_lib.training import PRESETS
+def public_data(hypernetwork: Any) -> Any:
+    """What the tasks are made of that trained these weights, as their manifest says; an InputError if it does not."""
+    from hyperdp_lib.training import public_source
 
-    return PRESETS[name if name in PRESETS else "glyphs"].public_data
+    if isinstance(hypernetwork, tuple):
+        raise InputError("models given as objects do not say what they were trained on: give their public tasks=.")
+    return public_source(hypernetwork)
 
 
 def bank_source(
-    tasks: Any, settings: Settings, name: str = "glyphs", lookalikes: bool = False
+    tasks: Any, settings: Settings, hypernetwork: Any = "glyphs", lookalikes: bool = False
 ) -> Callable[[Any], controls.PublicBank]:
-    """Makes the bank of an encoder at its first call; by default from the tasks that train the weights ``name``."""
+    """Makes the bank of an encoder at its first call; by default from the public data that trained the weights."""
     made: dict[tuple[type, int], controls.PublicBank] = {}
 
     def bank(encoder: Any) -> controls.PublicBank:
@@ -436,7 +438,7 @@ def bank_source(
         if key not in made:
             source = tasks
             if source is None:
-                config = public_data(name)
+                config = public_data(hypernetwork)
                 source = (dataclasses.replace(config, lookalikes=True) if lookalikes else config).tasks()
             made[key] = controls.PublicBank.build(
                 source,

@@ -105,6 +105,11 @@ def read(name: str, split: str, folder: str | os.PathLike[str] | None = None) ->
     ...     read("mnist", "train", folder).images.shape
     (1, 28, 28, 1)
     """
+    return DATA_SETS[name].layout(require(name, folder), split, DATA_SETS[name])
+
+
+def require(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where the file of a data set is; an InputError says what to do if it is not there. Arguments as for `read`."""
     data_set = DATA_SETS[name]
     folder = os.environ.get("HYPERDP_DATA", "") if folder is None else os.fspath(folder)
     path = Path(folder) / data_set.file
@@ -114,7 +119,7 @@ def read(name: str, split: str, folder: str | os.PathLike[str] | None = None) ->
             f"{name!r} is not part of the library: set HYPERDP_DATA to a folder with {data_set.file} "
             f"(data_scripts/download.py and prepare.py make it){twin}"
         )
-    return data_set.layout(path, split, data_set)
+    return path
 
 
 def _present(folder: str, name: str) -> bool:

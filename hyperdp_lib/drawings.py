@@ -11,7 +11,7 @@ apply. What is new:
 
 Only the training split of each data set is used. Omniglot's Latin, Greek and Cyrillic alphabets are left out: their
 O, I, Z, S look like digits. Other scripts have circles and bars too; those stay, and so the tasks of this module are
-not free of look-alikes.
+not free of look-alikes. Kuzushiji-Kanji's numerals are left out, too (`NUMERALS`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,8 +42,11 @@ from hyperdp_lib.glyphs import (
 from .progress import progress_bar
 
 EXCLUDED = ("Latin-", "Greek-", "Cyrillic-", "Old_Church_Slavonic_(Cyrillic)-")
+# Kuzushiji-Kanji holds numerals, and a class turned or mirrored looks like yet another digit.
+NUMERALS = tuple(f"kkanji/U+{ord(character):04X}" for character in "一二三四五六七八十")
 INK = 96  # of 255
 FILLED_GROWTH = 1.3  # a filled drawing is kept when it has so many times the ink
+WITH_NUMERALS = "No Arabic digits, but Kanji numerals, one of them a single stroke"
 FEWEST = 8  # drawings of a class: some are closed, and filled, only now and then
 TURNS = 8  # of the square: quarter turns and mirror images
 
@@ -59,11 +63,16 @@ class DrawingConfig:
         16 or 32.
     held_out : float
         Share of the classes kept from training.
+    excluded : tuple of str
+        Classes left out of both splits, filled or not.
     """
 
     data_sets: tuple[str, ...] = ("omniglot", "kkanji", "quickdraw")
     image_size: int = 16
     held_out: float = 0.1
+    excluded: tuple[str, ...] = NUMERALS
+
+    about: ClassVar[str] = "drawings by people held out from training"
 
     def tasks(self, split: str = "train", *, progress: bool = True) -> DrawingTasks:
         """The source of tasks."""
@@ -88,9 +97,14 @@ class DrawingTasks(GlyphTasks):
         if split not in ("train", "held_out"):
             raise ValueError(f"split must be 'train' or 'held_out', not {split!r}")
         fields, names = load_drawings(config.data_sets, progress=progress)
-        held_out = [share_of(name.removesuffix(" filled")) < config.held_out for name in names]
+        plain = [name.removesuffix(" filled") for name in names]
+        held_out = [share_of(name) < config.held_out for name in plain]
         enough = {name for name, count in Counter(names).items() if count >= FEWEST}
-        keep = [i for i, out in enumerate(held_out) if out == (split == "held_out") and names[i] in enough]
+        keep = [
+            i
+            for i, out in enumerate(held_out)
+            if out == (split == "held_out") and names[i] in enough and plain[i] not in config.excluded
+        ]
         self._set(fields[keep], [names[i] for i in keep])
 
     def _set(self, fields: np.ndarray, names: list[str]) -> None:
@@ -115,16 +129,19 @@ class DrawingTasks(GlyphTasks):
         return TURNS * len(self._members)
 
     def describe(self) -> dict:
-        """Counts for the model card."""
+        """Counts and licence for the model card."""
+        used = [data_sets.DATA_SETS[name] for name in self.drawn.data_sets]
+        numerals = "No digits, no Kanji numerals" if set(NUMERALS) <= set(self.drawn.excluded) else WITH_NUMERALS
         return {
             "text": f"{len(self.names)} drawings of {len(self._members)} classes, each turned and mirrored too, of the "
-            f"training splits of {', '.join(self.drawn.data_sets)}. No digits. Omniglot's Latin, Greek and Cyrillic "
+            f"training splits of {', '.join(self.drawn.data_sets)}. {numerals}. Omniglot's Latin, Greek and Cyrillic "
             "alphabets, whose letters look like digits, are left out; other shapes that do so are not.",
             "data_sets": list(self.drawn.data_sets),
             "shapes": len(self.names),
             "classes": len(self._members),
             "turned": self.num_classes,
-            "excluded": list(EXCLUDED),
+            "excluded": [*EXCLUDED, *self.drawn.excluded],
+            "licence": "trained on " + "; ".join(f"{one.title} ({one.licence})" for one in used),
         }
 
     def _choose_shapes(self, num_tasks: int, per_task: int, g: torch.Generator, classes: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from hyperdp_lib import tuning
 from hyperdp_lib.baselines.controls import PublicTasks
 from hyperdp_lib.baselines.methods import METHODS, Bench
 from hyperdp_lib.data import InputError
+from hyperdp_lib.glyphs import GlyphConfig
 
 from .progress import progress_bar
 
@@ -46,6 +47,8 @@ class Forecast:
         Samples scored in each rehearsal.
     rehearsals : tuple of mapping
         The scores of each.
+    about : str
+        What public data the scores speak of, and that others will do worse.
     """
 
     method: str
@@ -55,6 +58,7 @@ class Forecast:
     coverage: float
     num_images: int
     rehearsals: tuple[Mapping[str, Any], ...]
+    about: str = "on held-out public tasks; private images unlike these will do worse"
 
     def expected(self, score: str) -> float | None:
         """Mean over the rehearsals; None for a score that does not apply (accuracy with one class)."""
@@ -130,6 +134,7 @@ def forecast(
     neighboring_relation: str = "add_or_remove_one",
     bench: Bench | None = None,
     tasks: PublicTasks | None = None,
+    about: str | None = None,
     seed: int = 50_000,
     progress: bool = False,
 ) -> Forecast:
@@ -151,6 +156,8 @@ def forecast(
         Samples to score in each; the Fréchet distance depends on it.
     bench, tasks : optional
         Models with their settings, and public tasks; default those that ship, held-out glyphs.
+    about : str, optional
+        What the tasks are, for the reader; default: held-out glyphs, or what ``tasks`` cannot say of themselves.
     seed : int
         Of the first rehearsal; the others count up.
     """
@@ -171,7 +178,8 @@ def forecast(
             f"scores in {bench.feature_network.dimension} features need {enough} samples or more, "
             f"as many of each class: num_images must be {-(-enough // num_classes) * num_classes} or more."
         )
-    tasks = tuning.held_out_tasks() if tasks is None else tasks
+    if tasks is None:
+        tasks, about = tuning.held_out_tasks(), about or GlyphConfig.about
     bench = dataclasses.replace(
         bench,
         settings=dataclasses.replace(bench.settings, num_images=num_images),
@@ -184,4 +192,6 @@ def forecast(
         )
         for turn in progress_bar(range(count), desc="rehearse", show=progress)
     ]
-    return Forecast(method, epsilon, num_private, num_classes, coverage, num_images, tuple(scores))
+    of = "held-out public tasks" if about is None else about
+    told = f"on {of}; private images unlike these will do worse"
+    return Forecast(method, epsilon, num_private, num_classes, coverage, num_images, tuple(scores), told)

@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +73,8 @@ class GlyphConfig:
     held_out: float = 0.06
     seed: int = 20_260_625
     mixed: float = 0.4
+
+    about: ClassVar[str] = "characters of fonts and pen strokes held out from training"
 
     def tasks(self, split: str = "train", *, progress: bool = True) -> GlyphTasks:
         """The source of tasks."""
@@ -319,6 +322,7 @@ class GlyphTasks:
             "text": f"{len(self.names)} shapes of {self.num_classes} classes: {strokes} random pen strokes, the rest "
             "characters rendered from the fonts shipped with matplotlib. No digits. Letters that look like digits: "
             f"{lookalikes}.",
+            "licence": "Apache-2.0; characters from matplotlib's DejaVu, STIX and Computer Modern fonts",
             **asdict(self.config),
             "shapes": len(self.names),
             "classes": self.num_classes,

@@ -26,6 +26,7 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
+NON_COMMERCIAL = ("photographs", "photographs-latent")  # in the repository, not in the package
 PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.posterior
 # Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so
 # LoRA there acts like conditioning.
@@ -234,6 +235,11 @@ def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors")
     for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
         if (folder / "manifest.json").is_file() and (folder / weights).is_file():
             return folder
+    if str(name_or_path) in NON_COMMERCIAL:
+        raise InputError(
+            f"the weights {str(name_or_path)!r} are for non-commercial research only (ImageNet's terms) and not in the "
+            f"package: take hyperdp_lib/weights/{name_or_path} from the source repository and give that folder."
+        )
     shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob(f"*/{weights}"))) or "none"
     raise InputError(
         f"no {weights.removesuffix('.safetensors')} {str(name_or_path)!r}: shipped are {shipped}, "

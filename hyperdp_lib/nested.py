@@ -14,12 +14,11 @@ The shares of the two were chosen on public drawings by people (Kuzushiji-Kanji,
 
 The base model is the one of the weights it builds on, untouched: adapters of both can be compared, and so can rivals.
 
-`python -m hyperdp_lib.nested --out FOLDER` trains it: the features, the directions, the hypernetwork; public data only.
+`hyperdp train --preset glyphs-nested` trains it: the features, the directions, the hypernetwork; public data only.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -56,6 +55,7 @@ from hyperdp_lib.training import (
     StageConfig,
     TaskPool,
     adapted_loss,
+    add_public_tables,
     train_features,
 )
 
@@ -410,8 +410,10 @@ def fit(
     return loop
 
 
-def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
-    """All of the public training, from the shipped weights ``glyphs``; resumes; writes the weights to ``out``.
+def train_on_glyphs(out: Path, *, smoke: bool = False, resume: bool = True, seed: int = 0) -> Path:
+    """The weights `glyphs-nested`, cells and priors included, from the shipped ``glyphs``: the folder ``out/weights``.
+
+    What `training.train` does for this name. Resumes from ``out/checkpoints``, if the seed is the same.
 
     ``smoke``: a few tiny steps, to see that everything runs. ``seed``: of all the training; the shipped weights' is 0.
     """
@@ -421,8 +423,16 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
     stage = preset.joint_stage if smoke else HYPERNETWORK_STAGE
     turn = TURN * seed
     preset = dataclasses.replace(preset, pool_tasks=min(POOL_TASKS, preset.pool_tasks), joint_stage=stage)
-    checkpoints = out / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints, weights = out / "checkpoints", out / "weights"
+    for folder in (checkpoints, weights):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for file in checkpoints.iterdir():
+            file.unlink()
+    settings, told = checkpoints / "preset.json", json.dumps({"seed": seed, **asdict(preset)}, indent=2)
+    if settings.exists() and settings.read_text() != told:
+        raise InputError(f"{out} holds the training of another preset or seed: choose another folder with --out")
+    settings.write_text(told)
     base_model, plain = load_pretrained("glyphs")
     source, held_out_tasks = preset.public_data.tasks(), preset.public_data.tasks("held_out")
     encoder, typical = _train_encoder(preset, source, plain.encoder, checkpoints, turn=turn)
@@ -430,8 +440,9 @@ def train(out: Path, *, smoke: bool = False, seed: int = 0) -> Path:
     warm_start(network, plain, typical)
     loop = fit(network, base_model, preset, source, held_out_tasks, checkpoints, turn=turn)
     tabulate(network, base_model, preset, held_out_tasks, NOISE_LEVELS[:1] if smoke else NOISE_LEVELS)
-    _write(out, network, loop, source, seed)
-    return out
+    _write(weights, network, loop, source, seed)
+    add_public_tables(weights, source, num_tasks=100 if smoke else 2000)
+    return weights
 
 
 def tabulate(
@@ -466,7 +477,7 @@ def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, seed
     told = {
         "name": "glyphs-nested",
         "builds_on": "glyphs",
-        "command": "python -m hyperdp_lib.nested --out FOLDER" + (f" --seed {seed}" if seed else ""),
+        "command": "hyperdp train --preset glyphs-nested" + (f" --seed {seed}" if seed else ""),
         "public_data": source.describe(),
         "stages": {"features": asdict(PRESETS["glyphs"].codes_stage), "hypernetwork": asdict(loop.config)},
         "steps": loop.step,
@@ -483,7 +494,7 @@ def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, seed
 Encoder of nested coordinates and the hypernetwork that reads the first 8, 16, 32 or 64 of them. Public data only.
 
 - **Data.** As for the weights `glyphs`, whose base model it adapts and whose encoder is part of it.
-- **Command.** `python -m hyperdp_lib.nested --out FOLDER`: {loop.step} steps, {loop.seconds / 60:.0f} minutes of one
+- **Command.** `{told["command"]}`: {loop.step} steps, {loop.seconds / 60:.0f} minutes of one
   shared core for the hypernetwork.
 - **Use.** `hyperdp release IMAGES --hypernetwork glyphs-nested --declared-size N ...`. Half precision.
 
@@ -493,18 +504,3 @@ Denoising loss on held-out public tasks, by noise on the mean and number of coor
 |---|{"---|" * len(COORDINATES)}
 {rows}
 """)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, or go on training."""
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.nested", description="Train nested coordinates.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, and checkpoints/ to resume from")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to see that it runs")
-    parser.add_argument("--seed", type=int, default=0, help="of all the training; default: 0")
-    options = parser.parse_args(arguments)
-    print(train(options.out, smoke=options.smoke, seed=options.seed))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,8 @@ class PhotographConfig:
     image_size: int = 16
     overlap: bool = False
     held_out: float = 0.1
+
+    about: ClassVar[str] = "small photographs held out from training"
 
     def tasks(self, split: str = "train", *, progress: bool = True) -> PhotographTasks:
         """The source of tasks."""
@@ -157,6 +160,7 @@ class PhotographTasks:
             "look_alikes": len(self.pixels),  # a task around each photograph
             "unions_of_two": classes * (classes - 1) // 2,
             "excluded": [] if self.config.overlap else excluded,
+            "licence": "non-commercial research and education only: trained on photographs under ImageNet's terms",
         }
 
     def sample_tasks(

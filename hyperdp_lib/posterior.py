@@ -19,9 +19,7 @@ of their weight updates, or that of the posterior mean, the hypernetwork being t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +33,8 @@ from torch import Tensor
 from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels
-from hyperdp_lib.hypernetwork import PRIORS_FILE, load_pretrained, noisy_count, resolve
+from hyperdp_lib.hypernetwork import PRIORS_FILE, noisy_count
 
-TASKS = 2000  # public data sets of which a shipped prior is made
 CLEAN = 0.01  # noise on the mean that the hypernetwork is told for a draw: little, as on a large data set's
 
 
@@ -80,7 +77,7 @@ class Prior:
         k = hypernetwork.encoder.config.dimension - 1
         found = [hypernetwork.priors.get(f"{k}.{part.name}") for part in dataclasses.fields(cls)]
         if any(part is None for part in found):
-            raise InputError(f"these weights have no {PRIORS_FILE}: python -m hyperdp_lib.posterior makes it.")
+            raise InputError(f"these weights have no {PRIORS_FILE}: training.add_public_tables makes it.")
         return cls(*(part.double() for part in found))
 
     @classmethod
@@ -269,22 +266,3 @@ def save_priors(folder: Path, network: Any, tasks: Tensor) -> None:
     fitted = {k: Prior.fit(network.using(k).encoder, tasks) for k in sizes}
     tensors = {f"{k}.{part}": value.float().contiguous() for k in sizes for part, value in vars(fitted[k]).items()}
     (folder / PRIORS_FILE).write_bytes(to_safetensors(tensors))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the priors that belong to weights, one for each number of coordinates; public data only, half a minute."""
-    from hyperdp_lib.training import PRESETS
-
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.posterior", description=main.__doc__)
-    parser.add_argument("weights", help="name or folder of weights")
-    folder = resolve(parser.parse_args(arguments).weights)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    source = PRESETS[manifest.get("builds_on", manifest["name"])].public_data.tasks()
-    tasks = source.sample_tasks(TASKS, 12, torch.Generator().manual_seed(4))
-    save_priors(folder, load_pretrained(folder)[1], tasks)
-    print(folder / PRIORS_FILE)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -23,8 +23,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hyperdp_lib import data_sets
 from hyperdp_lib.adapter import Adapter, apply_adapters
+from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.data import InputError, from_levels, to_levels
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, denoising_loss
 from hyperdp_lib.drawings import DrawingConfig
@@ -44,8 +46,12 @@ from hyperdp_lib.hypernetwork import (
     LEAST_NOISE,
     HyperNetwork,
     HyperNetworkConfig,
+    foundation,
+    load_pretrained,
+    resolve,
     save_pretrained,
     simulate_sums,
+    write_half,
 )
 from hyperdp_lib.photographs import PhotographConfig
 
@@ -638,9 +644,15 @@ def train(
     ``seed``, of all the training, replaces the preset's; public characters are held out by the data's own.
     """
     name = preset if isinstance(preset, str) else "custom"
+    if name == "glyphs-nested":
+        from hyperdp_lib import nested
+
+        if device != "cpu" or stages != STAGES:
+            raise InputError("glyphs-nested is trained on the CPU, in all its stages: leave --device and stages out.")
+        return nested.train_on_glyphs(Path("runs") / name if out is None else Path(out), resume=resume, seed=seed or 0)
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise InputError(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+            raise InputError(f"no preset {preset!r}: choose one of {', '.join([*PRESETS, 'glyphs-nested'])}")
         preset = PRESETS[preset]
     if seed is not None:
         preset = dataclasses.replace(preset, seed=seed)
@@ -651,7 +663,7 @@ def train(
         for stage in stages:
             (out / f"{stage}.pt").unlink(missing_ok=True)
         wait_for_all()
-    settings = json.dumps(asdict(preset), indent=2)
+    settings = json.dumps(asdict(preset), indent=2, default=_plain)
     if (out / "preset.json").exists() and (out / "preset.json").read_text() != settings:
         raise InputError(f"{out} holds the training of another preset or seed: choose another folder with --out")
     (out / "preset.json").write_text(settings)
@@ -678,6 +690,7 @@ def train(
         assert isinstance(hypernetwork, nested.NestedHyperNetwork)
         nested.tabulate(hypernetwork, base, preset, held_out)
     if rank()[0] == 0:
+        features.name += f"-{tensors_sha256(features.state_dict())[:8]}"  # other features than those that ship
         write_weights(name, preset, source, out, base, hypernetwork, features, device)
     return out / "weights"
 
@@ -690,6 +703,56 @@ def _join(device: str) -> str:
 
     state = PartialState(cpu=not device.startswith("cuda"))
     return str(state.device)
+
+
+_SOURCES = {"glyphs": GlyphConfig, "drawings": DrawingConfig, "photographs": PhotographConfig}
+
+
+def _plain(value: Any) -> str:
+    """What JSON holds of a value that it has no form for: a path, or the type of an object of one's own."""
+    return value.as_posix() if isinstance(value, PurePath) else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def source_manifest(public_data: Any) -> dict[str, Any]:
+    """What a manifest says of a public source, for `public_source` to make it again; of one's own only its name."""
+    kind = next((kind for kind, config in _SOURCES.items() if type(public_data) is config), None)
+    if kind is None:
+        return {"kind": _plain(public_data)}
+    return {"kind": kind, **json.loads(json.dumps(asdict(public_data), default=_plain))}
+
+
+def public_source(name_or_path: str | Path) -> GlyphConfig | DrawingConfig | PhotographConfig:
+    """What weights, shipped or one's own, were trained on, as their manifest says; no file of images is read.
+
+    Raises
+    ------
+    InputError
+        if the manifest names no public source, an unknown one, or one whose files are not there.
+    """
+    folder = foundation(resolve(name_or_path))
+    told = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("public_source") or {})
+    kind = told.pop("kind", None)
+    if kind not in _SOURCES:
+        what = "name no public data" if kind is None else f"were trained on a source of one's own ({kind})"
+        raise InputError(f"the weights {str(name_or_path)!r} {what}: give their public tasks from Python as tasks=.")
+    try:
+        config = _SOURCES[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+    except TypeError as error:
+        raise InputError(f"the public source in {str(folder / 'manifest.json')!r} is not readable: {error}.") from error
+    for needed in getattr(config, "data_sets", ()):
+        data_sets.require(needed)
+    return config
+
+
+def add_public_tables(folder: Path, source: TaskSource, *, num_tasks: int = 2000) -> None:
+    """Write what weights hold besides the trained networks, from public tasks: priors, and cells if they are nested."""
+    from hyperdp_lib import cells, nested, posterior
+
+    network = load_pretrained(folder)[1]
+    posterior.save_priors(folder, network, source.sample_tasks(num_tasks, 12, torch.Generator().manual_seed(4)))
+    if isinstance(network, nested.NestedHyperNetwork):
+        public_images = source.sample_tasks(num_tasks, 4, torch.Generator().manual_seed(3)).flatten(0, 1)
+        write_half(folder / nested.CELLS_FILE, cells.tabulate(network, public_images))
 
 
 def write_weights(
@@ -707,6 +770,7 @@ def write_weights(
 
     from hyperdp_lib.artefacts import folder_sha256, library_versions
 
+    command: str | None
     folder = out / "weights"
     logs = {}
     for stage in STAGES:
@@ -718,12 +782,16 @@ def write_weights(
             "images_per_second": round(config.rate(state["step"], state["seconds"])),
             "last": json.loads(state["history"])[-1],
         }
+    command = f"hyperdp train --preset {name}" + (f" --seed {preset.seed}" if preset.seed else "")
+    if name not in PRESETS:
+        command = None  # made from Python, by settings that have no name
     device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
     manifest = {
         "name": name,
-        "command": f"hyperdp train --preset {name}" + (f" --seed {preset.seed}" if preset.seed else ""),
-        "public_data": source.describe(),
-        "preset": json.loads(json.dumps(asdict(preset))),
+        "command": command,
+        "public_data": json.loads(json.dumps(source.describe(), default=_plain)),
+        "public_source": source_manifest(preset.public_data),
+        "preset": json.loads(json.dumps(asdict(preset), default=_plain)),
         "device": device_name,
         "stages": logs,
         "count_coordinate": COUNT_COORDINATE,
@@ -736,6 +804,7 @@ def write_weights(
         manifest |= nested.manifest(hypernetwork)
     save_pretrained(folder, base.cpu(), hypernetwork.cpu(), manifest)
     features.cpu().save(folder / "features.safetensors")
+    add_public_tables(folder, source, num_tasks=min(2000, max(100, 2 * preset.pool_tasks)))
     checksums = {k: v for k, v in folder_sha256(folder).items() if k not in ("README.md", "manifest.json")}
     (folder / "README.md").write_text(model_card(manifest, checksums))
 
@@ -752,13 +821,15 @@ def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     sums = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(checksums.items()))
     joint, base = (manifest["stages"][stage]["images_per_second"] for stage in ("joint", "base"))
     share = joint / max(base, 1)
+    made = f"`{manifest['command']}`" if manifest["command"] else "From Python, by the preset in `manifest.json`"
     return f"""# Weights `{manifest["name"]}`
 
 Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and feature network. Public data only.
 
 - **Data.** {manifest["public_data"]["text"]}
-- **Command.** `{manifest["command"]}` (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
-- **Use.** `hyperdp release IMAGES --hypernetwork {manifest["name"]} ...`; {pixels}.
+- **Licence.** {manifest["public_data"].get("licence", "that of your public images; the source states none")}.
+- **Made.** {made} (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
+- **Use.** `hyperdp release IMAGES --hypernetwork FOLDER ...`, this folder; {pixels}.
 - **Limits.** {limits}. Half precision.
 
 | stage | steps | time | images/s | last log line |

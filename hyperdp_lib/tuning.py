@@ -253,12 +253,12 @@ def rehearse(
     return own.score(METHODS[method].run(own.fitted(epsilon), epsilon, seed))
 
 
-def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
+def public_bench(hypernetwork: str | Path = "glyphs", *, device: str = "cpu") -> Bench:
     """Models and settings that ship; its image sets are empty, for `rehearse` to fill with public stand-ins."""
     base_model, network, features, settings = comparison.load_models(hypernetwork, None, device)
     nothing = ImageSet(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.long), ("none",))
     name = comparison.weights_name(hypernetwork)
-    bank = comparison.bank_source(None, settings, name)
+    bank = comparison.bank_source(None, settings, hypernetwork)
 
     def examples() -> Tensor:
         return comparison.public_images(bank(network.encoder))
@@ -267,9 +267,9 @@ def public_bench(hypernetwork: str = "glyphs", *, device: str = "cpu") -> Bench:
     return Bench(base_model, network, features, bank, models, nothing, nothing, nothing, settings, device=device)
 
 
-def held_out_tasks(hypernetwork: str = "glyphs") -> controls.PublicTasks:
+def held_out_tasks(hypernetwork: str | Path = "glyphs") -> controls.PublicTasks:
     """Held-out tasks of the public data that these weights were trained on: what stand-ins are drawn from."""
-    return comparison.public_data(comparison.weights_name(hypernetwork)).tasks("held_out")
+    return comparison.public_data(hypernetwork).tasks("held_out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def test_of_cells_each_counts_as_released_and_stands_for_its_class(own_vectors):
 
 
 def test_weights_without_a_prior_say_what_makes_one():
-    with pytest.raises(InputError, match="python -m hyperdp_lib.posterior"):
+    with pytest.raises(InputError, match="add_public_tables makes it"):
         Classifier.of(sums_of([10.0], [[0.1] * K]), 1.0, Network())
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import cells, drawings
+from hyperdp_lib import drawings
 from hyperdp_lib.drawings import FEWEST, TURNS, DrawingConfig, DrawingTasks, shapes_of, turn
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.image_files import InputError
 from hyperdp_lib.nested import NestedHyperNetwork
-from hyperdp_lib.training import train
+from hyperdp_lib.training import public_source, train
 
 
 def doodle(kind: int, rng: np.random.Generator) -> np.ndarray:
@@ -68,6 +68,17 @@ def test_only_training_images_and_no_excluded_alphabet(tasks):
     assert any(name.startswith("omniglot/Angelic-") for name in tasks.names)
     plain = [name for name in tasks.names if name.startswith("kkanji/") and "filled" not in name]
     assert max(map(plain.count, set(plain))) == 16  # of 20, every fifth is test
+
+
+def test_numerals_are_left_out_unless_the_shipped_weights_saw_them(monkeypatch):
+    assert {chr(int(name[-4:], 16)) for name in drawings.NUMERALS} == set("一二三四五六七八十")
+    fields = np.zeros((24, 2, 40, 40), np.int8)
+    names = ["kkanji/U+4E00"] * 8 + ["kkanji/U+4E00 filled"] * 8 + ["kkanji/U+4E0A"] * 8
+    monkeypatch.setattr(drawings, "load_drawings", lambda *_, **__: (fields, names))
+    assert set(DrawingTasks(DrawingConfig(held_out=0)).names) == {"kkanji/U+4E0A"}
+    assert len(set(DrawingTasks(DrawingConfig(held_out=0, excluded=())).names)) == 3
+    assert public_source("drawings").excluded == ()  # as trained
+    assert "Kanji numerals" in DrawingTasks(DrawingConfig(held_out=0, excluded=())).describe()["text"]
 
 
 def test_held_out_classes_are_others_in_every_form(tasks):
@@ -144,5 +155,4 @@ def test_the_miniature_trains_nested_coordinates_from_nothing(tmp_path):
     manifest = json.loads((weights / "manifest.json").read_text())
     assert manifest["kind"] == "nested" and "builds_on" not in manifest
     assert "kkanji" in (weights / "README.md").read_text()
-    assert cells.main([str(weights)]) == 0
     assert load_pretrained(weights)[1].centroids["8x4"].shape == (4, 8)

@@ -158,12 +158,17 @@ def test_noise_is_what_the_release_says(network):
 
 
 def test_training_runs_and_its_weights_load(tmp_path):
-    folder = nested.train(tmp_path / "nested", smoke=True)
+    folder = nested.train_on_glyphs(tmp_path / "nested", smoke=True)
+    shipped = {path.name for path in hypernetwork.resolve("glyphs-nested").iterdir()}
+    assert {path.name for path in folder.iterdir()} == shipped
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["steps"] == 4 and set(manifest["table"]) == {"0.5"}
     base_model, network = hypernetwork.load_pretrained(folder)
     assert isinstance(network, NestedHyperNetwork)
-    again = nested.train(tmp_path / "nested", smoke=True)  # nothing left to do
+    assert len(network.centroids) == 12 and len(network.priors) == 12
+    again = nested.train_on_glyphs(tmp_path / "nested", smoke=True)  # nothing left to do
+    with pytest.raises(InputError, match="another preset or seed"):
+        nested.train_on_glyphs(tmp_path / "nested", smoke=True, seed=1)
     assert json.loads((again / "manifest.json").read_text())["encoder_sha256"] == manifest["encoder_sha256"]
     released = release(torch.rand(20, 1, 16, 16) * 2 - 1, network.fitting(3.73, 20), epsilon=1.0, seed=0)
     assert released.noisy_sum.shape[1] - 1 in COORDINATES

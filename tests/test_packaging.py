@@ -100,6 +100,27 @@ def test_table_of_contents_is_complete() -> None:
         assert f"`{name}`" in (hyperdp_lib.__doc__ or ""), f"{name} is missing from the docstring"
 
 
+def free(path: Path) -> bool:
+    """Whether weights may be packed: those trained on ImageNet are for non-commercial research only."""
+    return "photographs" not in path.relative_to(ROOT / "hyperdp_lib" / "weights").parts[0]
+
+
+def test_weights_say_their_licence_and_the_non_commercial_ones_are_not_packed(monkeypatch, tmp_path) -> None:
+    from hyperdp_lib import data, hypernetwork
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    package = ROOT / "hyperdp_lib"
+    out = {path for pattern in settings["exclude-package-data"]["hyperdp_lib"] for path in package.glob(pattern)}
+    out = {path for path in out if path.is_file()}
+    assert out == {path for path in (package / "weights").rglob("*") if path.is_file() and not free(path)}
+    for folder in (package / "weights").iterdir():
+        (line,) = re.findall(r"^- \*\*Licence\.\*\*.*", (folder / "README.md").read_text(encoding="utf-8"), re.M)
+        assert ("non-commercial" in line) == (folder.name in hypernetwork.NON_COMMERCIAL)
+    monkeypatch.setattr(hypernetwork, "WEIGHTS", tmp_path)
+    with pytest.raises(data.InputError, match="non-commercial .* source repository"):
+        hypernetwork.resolve("photographs")
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_weights(tmp_path: Path) -> None:
     run = subprocess.run(
@@ -110,8 +131,8 @@ def test_wheel_holds_the_weights(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("hyperdp-*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    weights = [path for path in (ROOT / "hyperdp_lib" / "weights").rglob("*") if path.is_file()]
-    assert weights
+    weights = [path for path in (ROOT / "hyperdp_lib" / "weights").rglob("*") if path.is_file() and free(path)]
+    assert weights and not [path for path in packed if "photographs" in path and "/weights/" in path]
     assert {path.relative_to(ROOT).as_posix() for path in weights} <= packed
     assert "hyperdp_lib/py.typed" in packed
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from hyperdp_lib import hypernetwork, posterior
+from hyperdp_lib import hypernetwork, posterior, training
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.posterior import Prior
@@ -89,15 +89,14 @@ def test_the_prior_is_estimated_without_the_spread_of_images():
 
 
 @pytest.mark.parametrize("coordinates", [8, 64])
-def test_the_shipped_prior_is_that_of_public_tasks_and_the_command_makes_it(coordinates, tmp_path, monkeypatch):
+def test_the_shipped_prior_is_that_of_public_tasks_and_training_makes_it(coordinates, tmp_path):
     """Of fewer and other tasks, so nearly."""
     folder = shutil.copytree(hypernetwork.resolve("glyphs-nested"), tmp_path / "weights")
     (folder / hypernetwork.PRIORS_FILE).unlink()
     network = hypernetwork.load_pretrained(folder)[1].using(coordinates)
-    with pytest.raises(InputError, match="python -m hyperdp_lib.posterior"):
+    with pytest.raises(InputError, match="add_public_tables makes it"):
         Prior.shipped(network)
-    monkeypatch.setattr(posterior, "TASKS", 300)
-    assert posterior.main([str(folder)]) == 0
+    training.add_public_tables(folder, training.public_source("glyphs-nested").tasks(), num_tasks=300)
     made = Prior.shipped(hypernetwork.load_pretrained(folder)[1].using(coordinates))
     shipped = Prior.shipped(hypernetwork.load_pretrained("glyphs-nested")[1].using(coordinates))
     assert float((made.mean - shipped.mean).norm()) < 0.1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hyperdp_lib import tuning
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder
+from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
-from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, TaskPool, embedded, train
+from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, TaskPool, embedded, public_source, train
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,41 @@ def test_another_seed_trains_every_part_anew(tmp_path):
     moved = {key for key in ours if not torch.equal(ours[key], other[key])}
     for part in ("encoder.", "features.", "projection"):  # the nested features, too
         assert any(key.startswith(part) for key in moved)
-    assert json.loads((second / "manifest.json").read_text())["command"] == "hyperdp train --preset custom --seed 1"
+    assert json.loads((second / "manifest.json").read_text())["command"] is None
+    assert "--preset custom" not in (second / "README.md").read_text()
+    assert FeatureNetwork.from_pretrained(first / "features.safetensors").name.startswith("glyphnet-")
+    assert public_source(first) == preset.public_data and not load_pretrained(first)[1].priors == {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """A public source of one's own, with a path in its configuration."""
+
+    folder: pathlib.Path
+
+    def tasks(self, split="train"):
+        return PRESETS["miniature"].public_data.tasks(split, progress=False)
+
+
+def test_weights_of_an_own_source_never_take_the_shipped_public_data(tmp_path):
+    preset = dataclasses.replace(PRESETS["miniature"], public_data=Borrowed(tmp_path))
+    weights = train(preset, out=tmp_path / "out")
+    for ask in (tuning.held_out_tasks, tuning.public_bench):
+        with pytest.raises(InputError, match="a source of one's own .*Borrowed"):
+            ask(weights)
+    manifest = json.loads((weights / "manifest.json").read_text())
+    del manifest["public_source"]
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="name no public data"):
+        public_source(weights)
+
+
+def test_absent_public_files_are_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERDP_DATA", str(tmp_path))
+    for name in ("drawings", "photographs"):
+        with pytest.raises(InputError, match="HYPERDP_DATA"):
+            public_source(name)
+    assert public_source("glyphs-nested") == public_source("glyphs") == PRESETS["glyphs"].public_data
 
 
 def test_the_miniature_trains_in_bfloat16(tmp_path):
