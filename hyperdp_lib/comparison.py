@@ -123,6 +123,8 @@ def compare(
     labelled = shared.bench.private_train.labels is not None
     once = grid(methods, epsilons, exact=exact, labelled=labelled, weights=weights_name(hypernetwork))
     cells = [(method, epsilon, seed) for seed in seeds for method, epsilon in once]
+    if tasks is None and any(METHODS[method].needs_public for method, _ in once):
+        public_data(hypernetwork)  # says what is missing before any work
     paths = [shared.path(out, *cell) for cell in cells]
     for path in paths:
         if path.exists():

@@ -429,7 +429,7 @@ def train_on_glyphs(out: Path, *, smoke: bool = False, resume: bool = True, seed
     if not resume:
         for file in checkpoints.iterdir():
             file.unlink()
-    settings, told = checkpoints / "preset.json", json.dumps({"seed": seed, **asdict(preset)}, indent=2)
+    settings, told = checkpoints / "preset.json", json.dumps(asdict(preset) | {"seed": seed}, indent=2)
     if settings.exists() and settings.read_text() != told:
         raise InputError(f"{out} holds the training of another preset or seed: choose another folder with --out")
     settings.write_text(told)

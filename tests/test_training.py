@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hyperdp_lib import tuning
-from hyperdp_lib.data import InputError
+from hyperdp_lib import comparison, tuning
+from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder
 from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
@@ -207,9 +207,16 @@ class Borrowed:
 def test_weights_of_an_own_source_never_take_the_shipped_public_data(tmp_path):
     preset = dataclasses.replace(PRESETS["miniature"], public_data=Borrowed(tmp_path))
     weights = train(preset, out=tmp_path / "out")
-    for ask in (tuning.held_out_tasks, tuning.public_bench):
+    private = ImageSet(torch.zeros(140, 1, 16, 16)), ImageSet(torch.zeros(140, 1, 16, 16))
+    asked = dict(methods=["dp_deepsets", "nearest_public"], exact=True, out=tmp_path / "records", hypernetwork=weights)
+    for ask in (
+        lambda: tuning.held_out_tasks(weights),
+        lambda: comparison.bank_source(None, comparison.Settings(), weights)(load_pretrained(weights)[1].encoder),
+        lambda: comparison.compare(private, settings=comparison.Settings(num_images=140), pair="own", **asked),
+    ):
         with pytest.raises(InputError, match="a source of one's own .*Borrowed"):
-            ask(weights)
+            ask()
+    assert not (tmp_path / "records").exists()
     manifest = json.loads((weights / "manifest.json").read_text())
     del manifest["public_source"]
     (weights / "manifest.json").write_text(json.dumps(manifest))

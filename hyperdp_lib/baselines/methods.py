@@ -475,7 +475,7 @@ class Method:
     ``default`` is its configuration before any tuning, None if it has none. ``weights`` is what stands behind the
     hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``,
     unless the hypernetwork itself is of that kind; ``plain_only``: then `dp_deepsets`, or it refined, is the same.
-    ``needs_labels``: it cannot do without.
+    ``needs_labels``: it cannot do without. ``needs_public``: nor without the public data that trained the weights.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -485,6 +485,7 @@ class Method:
     weights: str | None = None
     plain_only: bool = False
     needs_labels: bool = False
+    needs_public: bool = False
 
     def available(self, hypernetwork: str = "glyphs") -> bool:
         """Whether its public models are there, and it is something of its own for these weights.
@@ -507,9 +508,11 @@ METHODS: Mapping[str, Method] = {
         dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested", plain_only=True
     ),
     "dp_deepsets_neighbours": Method(
-        dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested"
+        dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested", needs_public=True
     ),
-    "dp_deepsets_draws": Method(dp_deepsets_draws, also=(math.inf,), default=DrawsConfig(), weights="nested"),
+    "dp_deepsets_draws": Method(
+        dp_deepsets_draws, also=(math.inf,), default=DrawsConfig(), weights="nested", needs_public=True
+    ),
     "dp_deepsets_looks": Method(dp_deepsets_looks, also=(math.inf,), weights="nested"),
     "dp_deepsets_looks_refined": Method(dp_deepsets_looks_refined, also=(math.inf,), weights="nested"),
     "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested"),
@@ -518,7 +521,9 @@ METHODS: Mapping[str, Method] = {
     "dp_ldm": Method(
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="latent"
     ),
-    "dp_mepf": Method(rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig()),
+    "dp_mepf": Method(
+        rival("dp_mepf", dp_mepf.train_dp_mepf), also=(math.inf,), default=DPMepfConfig(), needs_public=True
+    ),
     "dp_layer_search": Method(
         rival("dp_layer_search", layer_choice.train_dp_layer_search), default=LayerSearchConfig()
     ),
@@ -540,7 +545,7 @@ METHODS: Mapping[str, Method] = {
         default=AdapterMixtureConfig(),
         weights="mixture",
     ),
-    "nearest_public": Method(nearest_public, also=(math.inf,)),
+    "nearest_public": Method(nearest_public, also=(math.inf,), needs_public=True),
     "noisy_class_means": Method(noisy_class_means, also=(math.inf,), needs_labels=True),
     "public_only": Method(public_only, private=False, also=(0.0,)),
     "lora_non_private": Method(
