@@ -217,5 +217,5 @@ def test_centroids_of_another_encoder_are_refused(plain):
 def test_weights_without_cells_say_what_to_do(plain):
     bare = load_pretrained("glyphs-nested")[1]
     bare.centroids = {}
-    with pytest.raises(InputError, match=r"hyperdp_lib\.cells"):
+    with pytest.raises(InputError, match=r"add_public_tables makes it"):
         CellHyperNetwork.fitting(bare, 0.1, 6000, labelled=True)
