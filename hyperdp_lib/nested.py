@@ -494,6 +494,7 @@ def _write(out: Path, network: NestedHyperNetwork, loop: Loop, source: Any, seed
 Encoder of nested coordinates and the hypernetwork that reads the first 8, 16, 32 or 64 of them. Public data only.
 
 - **Data.** As for the weights `glyphs`, whose base model it adapts and whose encoder is part of it.
+- **Licence.** {told["public_data"]["licence"]}.
 - **Command.** `{told["command"]}`: {loop.step} steps, {loop.seconds / 60:.0f} minutes of one
   shared core for the hypernetwork.
 - **Use.** `hyperdp release IMAGES --hypernetwork glyphs-nested --declared-size N ...`. Half precision.

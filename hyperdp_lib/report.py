@@ -52,7 +52,7 @@ SCORE_LABELS = {
 }
 # the comparison in which neither the method nor any control has seen a letter that looks like a digit
 NUMERALS_NOTE = (  # said wherever scores of the weights `drawings` on digits stand
-    "The public drawings hold nine Kanji numerals, one of them a single stroke, turned and mirrored too: "
+    "Among the public drawings are nine Kanji numerals, one of them a single stroke, turned and mirrored too: "
     "these scores on MNIST profit by them."
 )
 MAIN_PAIR = "glyphs-digits-no-lookalikes"

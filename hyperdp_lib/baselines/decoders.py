@@ -312,6 +312,7 @@ def write_manifest(
 {title}. {idea}
 
 - **Data.** Public only, as for the weights `glyphs`: {data["shapes"]} shapes of {data["classes"]} classes, no digits.
+- **Licence.** {data["licence"]}.
 - **Command.** `{manifest["command"]}`: {loop.step} steps of {loop.config.tasks} tasks x {loop.config.images} images,
   {loop.seconds / 60:.0f} minutes of wall-clock time on shared cores, one thread{cpu}; on top of what made `glyphs`,
   whose base model it starts from.

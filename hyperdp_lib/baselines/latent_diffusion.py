@@ -341,6 +341,7 @@ KL autoencoder (diffusers `AutoencoderKL`) and denoiser of its latents (diffuser
 rival DP-LDM. Public data only.
 
 - **Data.** {data["text"]}
+- **Licence.** {data["licence"]}.
 - **Command.** `{manifest["command"]} --out FOLDER` (seed {preset["seed"]}, {manifest["device"]}).
 - **Use.** Posterior mean times {manifest["scale"]:.4f} is what the denoiser denoises, by flow matching; labels
   0 .. {preset["pseudo_labels"] - 1} are clusters of public tasks, {preset["pseudo_labels"]} is no label.
