@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -209,11 +210,32 @@ def reading(network: NestedHyperNetwork, numbers: int) -> NestedHyperNetwork | C
     >>> len({count * (1 + k) for count in NUMBERS for k in COORDINATES}) == len(NUMBERS) * len(COORDINATES)
     True
     """
-    for count in NUMBERS[1:]:
-        for k in COORDINATES:
-            if numbers == count * (1 + k) and f"{k}x{count}" in network.centroids:
-                return CellHyperNetwork(network.using(k), network.centroids[f"{k}x{count}"])
+    count = _cells_of(numbers)
+    k = numbers // count - 1
+    if count > 1 and f"{k}x{count}" in network.centroids:
+        return CellHyperNetwork(network.using(k), network.centroids[f"{k}x{count}"])
     return network.using(numbers - 1)
+
+
+def _cells_of(numbers: int) -> int:
+    """How many cells a sum of so many numbers a class has; 1 if it is a plain one."""
+    return next((count for count in NUMBERS[1:] if numbers in {count * (1 + k) for k in COORDINATES}), 1)
+
+
+def released_proportions(noisy_sum: np.ndarray) -> Tensor:
+    """Shares (K,) of the classes in a released noisy sum (K, ...), float64 and adding up to 1: post-processing.
+
+    A class's count is the first coordinate of its sum, with cells added up over these. Noise may make it negative,
+    which counts as none. Where no class has any, the shares are equal.
+
+    >>> released_proportions(np.array([[30.0, 1.0], [-2.0, 5.0], [10.0, 0.0]])).tolist()
+    [0.75, 0.0, 0.25]
+    >>> released_proportions(np.array([[-1.0, 1.0], [0.0, 5.0]])).tolist()
+    [0.5, 0.5]
+    """
+    sums = torch.from_numpy(np.asarray(noisy_sum, dtype=np.float64))
+    counts = sums.view(len(sums), _cells_of(sums.shape[1]), -1)[:, :, 0].sum(1).clamp_min(0.0)
+    return counts / counts.sum() if counts.sum() > 0 else torch.full_like(counts, 1 / len(counts))
 
 
 def tabulate(network: NestedHyperNetwork, public_images: Tensor) -> dict[str, Tensor]:
@@ -225,15 +247,15 @@ def tabulate(network: NestedHyperNetwork, public_images: Tensor) -> dict[str, Te
     }
 
 
-def apportion(weights: Tensor) -> Tensor:
-    """``SLOTS`` slots by weight, largest remainders first; at most ``SLOTS`` weights get any.
+def apportion(weights: Tensor, total: int = SLOTS) -> Tensor:
+    """``total`` slots by weight, largest remainders first; at most ``total`` weights get any.
 
-    >>> apportion(torch.tensor([2.0, 1.0, 1.0])).tolist()
-    [10, 5, 5]
+    >>> apportion(torch.tensor([2.0, 1.0, 1.0])).tolist(), apportion(torch.ones(3), 8).tolist()
+    ([10, 5, 5], [3, 3, 2])
     """
-    quota = weights / weights.sum() * SLOTS
+    quota = weights / weights.sum() * total
     slots = quota.floor().long()
-    slots[(quota - slots).argsort(descending=True)[: SLOTS - int(slots.sum())]] += 1
+    slots[(quota - slots).argsort(descending=True, stable=True)[: total - int(slots.sum())]] += 1
     return slots
 
 

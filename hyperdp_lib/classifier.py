@@ -17,6 +17,8 @@ What a release has learned of the labels is more than its samples keep, so sampl
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +111,8 @@ class Classifier:
         return self.classes[torch.stack(log_likelihood, 1).argmax(1)]
 
 
-def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
-    """Rows of as many samples of each class, the first that agree; where too few do, the first of the others, too.
+def agreeing(labels: Tensor, said: Tensor, per_class: int | Sequence[int]) -> Tensor:
+    """Rows of so many samples of each class, the first that agree; where too few do, the first of the others, too.
 
     >>> agreeing(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0]), 2).tolist()
     [1, 2, 4, 3]
@@ -118,7 +120,8 @@ def agreeing(labels: Tensor, said: Tensor, per_class: int) -> Tensor:
     rows = []
     for label in labels.unique():
         mine = (labels == label).nonzero()[:, 0]
-        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:per_class])
+        wanted = per_class if isinstance(per_class, int) else per_class[label]
+        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:wanted])
     return torch.cat(rows)
 
 
@@ -126,23 +129,24 @@ def draw_mixed(
     base_model: nn.Module,
     adapter: Adapter,
     num_classes: int,
-    per_class: int,
+    per_class: int | Sequence[int],
     *,
     generator: torch.Generator,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`diffusion.sample_classes` and its labels, each class in random order: the first are not all of one member."""
     drawn = diffusion.sample_classes(base_model, adapter, num_classes, per_class, generator=generator, **options)
-    starts = range(0, num_classes * per_class, per_class)
-    mixed = torch.cat([start + torch.randperm(per_class, generator=generator) for start in starts])
-    return drawn[mixed], torch.arange(num_classes).repeat_interleave(per_class)
+    counts = [per_class] * num_classes if isinstance(per_class, int) else list(per_class)
+    starts = itertools.accumulate(counts[:-1], initial=0)
+    mixed = [start + torch.randperm(count, generator=generator) for start, count in zip(starts, counts, strict=True)]
+    return drawn[torch.cat(mixed)], torch.arange(num_classes).repeat_interleave(torch.tensor(counts))
 
 
 def sample_agreeing(
     released: Release,
     hypernetwork: Any,
     base_model: nn.Module,
-    per_class: int,
+    per_class: int | Sequence[int],
     *,
     surplus: int = SURPLUS,
     **options: Any,
@@ -154,15 +158,16 @@ def sample_agreeing(
 
     Returns
     -------
-    images : (K per_class, C, H, W) in [-1, 1], class after class.
+    images : (N, C, H, W) in [-1, 1], class after class; N in all.
     share : of all that were drawn, those that agree. Where too few of a class do, others of it make up the number.
     """
-    drawn, labels, said = _drawn(released, hypernetwork, base_model, surplus * per_class, **options)
+    many = surplus * per_class if isinstance(per_class, int) else [surplus * count for count in per_class]
+    drawn, labels, said = _drawn(released, hypernetwork, base_model, many, **options)
     return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())
 
 
 def sample_relabelled(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
+    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int | Sequence[int], **options: Any
 ) -> tuple[Tensor, Tensor, float]:
     """Samples of all classes, each with the label that the release itself gives it, whatever it was drawn for.
 
@@ -174,13 +179,13 @@ def sample_relabelled(
     ----------
     released : of at least two classes.
     hypernetwork : the one whose encoder it was made with.
-    per_class : images drawn for each class.
+    per_class : images drawn for each class, or one number for each of them.
     **options : ``generator``, ``num_steps`` and ``progress`` of `diffusion.sample_classes`.
 
     Returns
     -------
-    images : (K per_class, C, H, W) in [-1, 1], in the order of the classes they were drawn for.
-    labels : (K per_class,), not in equal number.
+    images : (N, C, H, W) in [-1, 1], in the order of the classes they were drawn for; N in all.
+    labels : (N,), not in the numbers drawn.
     share : of all images, those whose label is the class they were drawn for.
 
     Raises
@@ -195,7 +200,7 @@ def sample_relabelled(
 
 @torch.no_grad()
 def _drawn(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int, **options: Any
+    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int | Sequence[int], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples, the classes they were drawn for, and the classes that the release gives them."""
     count = len(released.certificate.class_names)

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 DEFAULT_HYPERNETWORK = "glyphs"
 DEFAULT_FEATURES = "glyphnet"
+PRIVATE_SCORES = ("clipped-frechet-distance", "accuracy")
+PUBLIC_IMAGES = 500  # at most, of the public model alone: some seconds
 _FEATURES_HELP = "what scores are computed in: a features.safetensors, or mobilenet_v2 for colour; default: {}"
 
 
@@ -182,57 +184,58 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import classifier, data, diffusion, hypernetwork, release
+    from hyperdp_lib import cells, classifier, data, diffusion, hypernetwork, release
 
+    labelled = (options.folder / "classes").is_dir()
     if options.labels == "drawn" and options.hypernetwork is None and release.holds_base(options.folder):
-        base_model, released = release.load_base(options.folder), None
+        base_model = release.load_base(options.folder)
     else:
         base_model, network = hypernetwork.load_pretrained(_weights_of(options))
-        released = release.load_release(options.folder, base_model) if options.labels != "drawn" else None
+    read = options.labels != "drawn" or (labelled and not options.balanced)
+    released = release.load_release(options.folder, base_model) if read else None
     adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
-    class_names = release.class_names_of(adapter) if (options.folder / "classes").is_dir() else None
+    class_names = release.class_names_of(adapter) if labelled else None
     adapter = adapter.to(options.device)
     base_model.to(options.device)
-    # Classes share the images equally, so draw the next multiple and drop the surplus class by class.
     num_classes = len(class_names or ("adapter",))
-    if options.num_images < num_classes:
-        _refuse(f"--num-images must be at least {num_classes}, one for each class, got {options.num_images}")
-    each = math.ceil(options.num_images / num_classes)
+    shares = torch.ones(num_classes, dtype=torch.float64)
+    if released and not options.balanced:
+        shares = cells.released_proportions(released.noisy_sum)
+        if len(shares) != num_classes:
+            _refuse(f"the noisy sum in {str(options.folder)!r} is of other classes; see hyperdp verify")
+    counts = cells.apportion(shares, options.num_images).tolist()
     drawing: dict[str, Any] = dict(
         generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True
     )
-    owner = labels = torch.arange(num_classes).repeat_interleave(each)
+    labels = torch.arange(num_classes).repeat_interleave(torch.tensor(counts))
     agreed = None
-    if released:
+    if options.labels == "drawn":
+        images = diffusion.sample_classes(base_model, adapter, num_classes, counts, **drawing)
+    else:
+        assert released is not None
         models = released._replace(adapter=adapter), network.to(options.device), base_model
         if options.labels == "agreeing":
-            images, agreed = classifier.sample_agreeing(*models, each, **drawing)
+            images, agreed = classifier.sample_agreeing(*models, counts, **drawing)
         else:
-            images, labels, agreed = classifier.sample_relabelled(*models, each, **drawing)
-    else:
-        images = diffusion.sample_classes(base_model, adapter, num_classes, each, **drawing)
-    # image i of class k is kept while i * num_classes + k < num_images: the shares differ by one at most
-    turn = torch.arange(each).repeat(num_classes) * num_classes + owner
-    kept = turn < options.num_images
-    samples = data.ImageSet(images[kept], labels[kept] if class_names else None, class_names)
-    missing = set(range(num_classes)) - set(labels[kept].tolist())
-    if missing:
-        names = ", ".join(repr((class_names or ())[k]) for k in sorted(missing))
-        instead = ", or use --labels drawn" if options.labels == "released" else ""
-        _refuse(f"none of the images is for {names}: draw more (--num-images){instead}")
+            images, labels, agreed = classifier.sample_relabelled(*models, counts, **drawing)
+    samples = data.ImageSet(images, labels if class_names else None, class_names)
     data.save_npz(options.out, samples)
     if options.grid is not None:
         data.save_grid(options.grid, samples)
     written = [str(path) for path in (options.out, options.grid) if path is not None]
-    if options.json:
-        told = {"written": written, "num_images": len(samples), "class_names": class_names}
-        print(json.dumps(told if agreed is None else {**told, "agreed": agreed}))
-    else:
-        how = ""
-        if agreed is not None:
-            chosen = f"chosen from {classifier.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
-            how = f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for"
-        print(f"wrote {len(samples)} images to {' and '.join(written)}{how}")
+    told: dict[str, Any] = {"written": written, "num_images": len(samples), "class_names": class_names}
+    how = ""
+    if class_names:
+        told["proportions"] = "balanced" if options.balanced else "released"
+        told["images_per_class"] = dict(zip(class_names, labels.bincount(minlength=num_classes).tolist(), strict=True))
+        how = ", as many of each class" if options.balanced else ", classes in the released (noisy) proportions"
+        if empty := [name for name, count in told["images_per_class"].items() if not count]:
+            how += f", none of {', '.join(map(repr, empty))}"
+    if agreed is not None:
+        told["agreed"] = agreed
+        chosen = f"chosen from {classifier.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
+        how += f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for"
+    print(json.dumps(told) if options.json else f"wrote {len(samples)} images to {' and '.join(written)}{how}")
 
 
 def _refine(options: argparse.Namespace) -> None:
@@ -297,59 +300,145 @@ def _evaluate(options: argparse.Namespace) -> None:
     real = options.reference if options.private is None else options.private
     _check_input(options.samples)
     _check_input(real)
-    from hyperdp_lib import data, evaluation, reference_stats
+    from hyperdp_lib import data, hypernetwork, reference_stats
 
-    network = feature_network(options.features)
+    network = feature_network(options.features or str(hypernetwork.features_file(options.hypernetwork)))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
+    notes = samples.notes
     if options.reference is not None and reference_stats.holds_statistics(options.reference):
         kept = reference_stats.ReferenceStatistics.load(options.reference)
-        scores: dict[str, Any] = {
-            "label": evaluation.NOT_DP,
-            "features": network.name,
-            "frechet_distance": kept.frechet_distance(samples.images, network),
-            "num_images": len(samples),
-            "num_reference": kept.count,
-        }
-        notes = (*samples.notes, f"reference statistics of {kept.source}: Fréchet distance only")
+        kept.check(network)
+        scores = _statistics_scores(options, samples, kept, network)
     else:
         images = data.load_named_or_path(real, *fit)
+        notes += images.notes
         score = _research_scores if options.private is None else _private_score
         scores = score(options, samples, images, network)
-        notes = (*samples.notes, *images.notes)
     for note in notes:
         _tell(note)
-    print(json.dumps(scores, indent=1))
+    if options.json:
+        print(json.dumps(scores, indent=1))
+    elif options.private is None:
+        _print_research_scores(scores)
+    else:
+        _print_private_score(scores)
+
+
+def _public_alone(options: argparse.Namespace, network: Any, most: int) -> Any:
+    """Images of the public base model without an adapter, as many as ``most`` up to a limit; or why there are none."""
+    import torch
+
+    from hyperdp_lib import data, diffusion, hypernetwork
+
+    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
+    side, channels = _geometry(base_model)
+    if (side, channels) != (network.image_size, network.channels):
+        return (
+            f"the base model of {options.hypernetwork!r} draws {side} x {side} pixels with {channels} channel(s), not "
+            f"what {network.name} reads; name other weights with --hypernetwork"
+        )
+    count = min(most, PUBLIC_IMAGES)
+    drawn = diffusion.sample(base_model, None, count, generator=torch.Generator().manual_seed(0), progress=True)
+    return data.ImageSet(drawn)
+
+
+def _ends(
+    options: argparse.Namespace, network: Any, most: int, real: dict[str, Any] | str, against: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Both ends of the scale: what real images score, and what the public model alone does; or why not."""
+    from hyperdp_lib import evaluation
+
+    def unknown(why: str) -> dict[str, Any]:
+        return {**dict.fromkeys(evaluation.SCORES), "reasons": dict.fromkeys(evaluation.SCORES, why)}
+
+    public = _public_alone(options, network, most)
+    return {
+        "real": {
+            "what": "images of one half of the reference against the other half",
+            **(unknown(real) if isinstance(real, str) else real),
+        },
+        "public": {
+            "what": f"images that the base model of {options.hypernetwork} draws without an adapter",
+            **(unknown(public) if isinstance(public, str) else against(public)),
+        },
+    }
 
 
 def _research_scores(options: argparse.Namespace, samples: Any, reference: Any, network: Any) -> dict[str, Any]:
+    """Every score that can be computed, between its two ends."""
     from hyperdp_lib import evaluation
 
-    ours = evaluation.features(network, samples.images)
-    theirs = evaluation.features(network, reference.images)
-    precision, recall = evaluation.precision_recall(ours, theirs)
-    scores = {
-        "label": evaluation.NOT_DP,
-        "features": network.name,
-        "frechet_distance": evaluation.frechet_distance(ours, theirs),
-        "precision": precision,
-        "recall": recall,
-        "accuracy": None,
-        "num_images": len(samples),
-        "num_reference": len(reference),
-    }
-    if samples.labels is not None and reference.labels is not None:
-        if samples.class_names == reference.class_names:
-            scores["accuracy"] = evaluation.downstream_accuracy(
-                samples.images, samples.labels, reference.images, reference.labels
-            )
-        else:
-            _tell("samples and reference name their classes differently; accuracy left out")
-    return scores
+    theirs = evaluation.Side.of("reference images", reference, network)
+    scores = evaluation.compare(evaluation.Side.of("samples", samples, network), theirs)
+    if all(scores[score] is None for score in evaluation.SCORES):
+        _refuse(f"nothing can be scored: {scores['reasons']['frechet_distance']}")
+    real = evaluation.compare_real(theirs, len(samples))
+    ends = _ends(
+        options, network, len(samples), real,
+        lambda public: evaluation.compare(evaluation.Side.of("images of the public model", public, network), theirs),
+    )  # fmt: skip
+    return {"label": evaluation.NOT_DP, "features": network.name, **scores, **ends}
+
+
+def _statistics_scores(options: argparse.Namespace, samples: Any, kept: Any, network: Any) -> dict[str, Any]:
+    """The Fréchet distance to a reference whose images are not there, and its public end."""
+    from hyperdp_lib import evaluation
+
+    why = f"the reference is statistics of {kept.source} only; give its images"
+
+    def distance(shown: Any, side: str) -> dict[str, Any]:
+        reasons = dict.fromkeys(evaluation.SCORES[1:], why)
+        counts = {"num_images": len(shown), "num_reference": kept.count}
+        try:
+            value = kept.frechet_distance(shown.images, network, side)
+        except evaluation.InputError as error:
+            value, reasons = None, {"frechet_distance": str(error), **reasons}
+        return {**dict.fromkeys(evaluation.SCORES), "frechet_distance": value, **counts, "reasons": reasons}
+
+    scores = distance(samples, "samples")
+    if scores["frechet_distance"] is None:
+        _refuse(f"nothing can be scored: {scores['reasons']['frechet_distance']}")
+    ends = _ends(options, network, len(samples), why, lambda public: distance(public, "images of the public model"))
+    return {"label": evaluation.NOT_DP, "features": network.name, **scores, **ends}
+
+
+def _print_research_scores(scores: dict[str, Any]) -> None:
+    columns = {"real": scores["real"], "samples": scores, "public alone": scores["public"]}
+    print(f"{scores['label']}; features {scores['features']}; {scores['num_reference']} reference images")
+    print(f"{'':<18}" + "".join(f"{name:>14}" for name in columns))
+    counts = [column.get("num_images") for column in columns.values()]
+    print(f"{'images':<18}" + "".join(f"{'-' if count is None else count:>14}" for count in counts))
+    reasons: dict[str, list[str]] = {}
+    for score in ("frechet_distance", "precision", "recall", "accuracy"):
+        name, digits = ("Fréchet distance", 1) if score == "frechet_distance" else (score, 2)
+        values = [column[score] for column in columns.values()]
+        print(f"{name:<18}" + "".join(f"{'-' if v is None else format(v, f'.{digits}f'):>14}" for v in values))
+        for where, column in columns.items():
+            if column[score] is None:
+                reasons.setdefault(column["reasons"][score], []).append(f"{name} ({where})")
+    for where in ("real", "public"):
+        print(f"{where}: {scores[where]['what']}")
+    for why, which in reasons.items():
+        print(f"- {', '.join(which)}: {why}")
+
+
+def _print_private_score(scores: dict[str, Any]) -> None:
+    charge = scores["charge"]
+    print(f"{scores['label']}; it costs epsilon {charge['epsilon']:.4g} at delta {charge['delta']:g}, on top of others")
+    print(f"{scores['score'].replace('_', ' ')}: {scores[scores['score']]:.4g}, noise {scores['standard_error']:.2g}")
+    for end in ("noise_floor", "public", "chance"):
+        if scores.get(end) is not None:
+            print(f"{end.replace('_', ' ')}: {scores[end]:.4g}")
+    for which, why in scores["reasons"].items():
+        print(f"- {which.replace('_', ' ')}: {why}")
 
 
 def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, network: Any) -> dict[str, Any]:
-    """One noisy score and its ledger entry: nothing else of the private images is told."""
+    """One noisy score and its ledger entry: nothing else of the private images is told.
+
+    Its ends are public and cost nothing; they are made first, so that nothing is spent if they fail.
+    """
     from hyperdp_lib import private_scores
     from hyperdp_lib.certificate import STAMP
     from hyperdp_lib.strict_json import plain
@@ -360,20 +449,33 @@ def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, 
         neighboring_relation=options.neighboring_relation,
         seed=options.seed,
     )
-    if options.score == "accuracy":
+    ends: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    name = options.score.replace("-", "_")
+    if name == "accuracy":
         if samples.labels is None or samples.class_names != private_set.class_names:
-            _refuse("an accuracy needs classes of the same names on both sides; try --score frechet-distance")
+            _refuse("an accuracy needs classes of the same names on both sides; try --score clipped-frechet-distance")
+        ends["chance"] = 1 / len(samples.class_names)
+        ends["precision"] = ends["recall"] = None
+        reasons["precision, recall"] = "no noisy ones are offered; how alike images are: clipped-frechet-distance"
         scored = private_scores.private_accuracy(
             samples.images, samples.labels, private_set.images, private_set.labels, **budget
         )
     else:
+        public = _public_alone(options, network, len(samples))
+        if isinstance(public, str):
+            ends["public"], reasons["public"] = None, public
+        else:
+            ends["public"] = private_scores.clipped_frechet_distance(samples.images, public.images, network)
         scored = private_scores.private_frechet_distance(samples.images, private_set.images, network, **budget)
+        ends["noise_floor"] = scored.noise_floor
     return {
         "label": STAMP if scored.demonstration else "differentially private",
-        "score": options.score,
-        "value": scored.value,
+        "score": name,
+        name: scored.value,
         "standard_error": scored.standard_error,
-        "noise_floor": scored.noise_floor,
+        **ends,
+        "reasons": reasons,
         "neighboring_relation": options.neighboring_relation,
         "charge": plain(scored.charge),
     }
@@ -774,7 +876,8 @@ def _parser() -> Parser:
 
     add = command("sample", _sample, "draw images from a release")
     add("folder", metavar="DIR", type=Path, help="a release")
-    add("--num-images", type=int, default=1000, help="in all, shared equally by the classes; default: 1000")
+    add("--num-images", type=int, default=1000, help="in all; default: 1000")
+    add("--balanced", action="store_true", help="as many of each class; default: in the released (noisy) proportions")
     add("--seed", type=_seed, default=0, help="default: 0")
     add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
     add(
@@ -813,12 +916,14 @@ def _parser() -> Parser:
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
     add("--reference", metavar="REFERENCE", help="real images, or their statistics; the scores are NOT DP")
     add("--private", metavar="IMAGES", help="or private images: one noisy score that may be published, and its price")
-    add("--score", choices=("frechet-distance", "accuracy"), default="frechet-distance", help="of --private")
+    add("--score", choices=PRIVATE_SCORES, default=PRIVATE_SCORES[0], help=f"default: {PRIVATE_SCORES[0]}")
     add("--epsilon", type=float, help="price of that score, on top of the release's")
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
-    add("--features", default=DEFAULT_FEATURES, metavar="NAME|PATH", help=_FEATURES_HELP.format("glyphnet"))
+    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="of the public end; default: glyphs")
+    add("--features", metavar="NAME|PATH", help=_FEATURES_HELP.format("the network that belongs to the weights"))
+    add("--json", action="store_true", help="print the scores as JSON, with what could not be computed and why")
 
     add = command("compare", _compare, "run methods over epsilon and seeds, one record for each; restartable")
     add("--private", required=True, metavar="NAME|IMAGES", help="private images, for example: digits")

@@ -8,6 +8,7 @@ by diffusers and PEFT alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib.adapter import Adapter, apply_adapters
+from hyperdp_lib.adapter import Adapter, apply_adapters, concatenate
 
 from .progress import progress_bar
 
@@ -161,17 +162,30 @@ def sample_classes(
     base_model: nn.Module,
     adapter: Adapter,
     num_classes: int,
-    per_class: int,
+    per_class: int | Sequence[int],
     *,
     generator: torch.Generator,
     **options: Any,
 ) -> Tensor:
     """Images of every class in turn, (num_classes * per_class, C, H, W), sorted by class.
 
-    An adapter has one member a class, or the same number of members for each, which then share the class's images
-    equally. ``options`` are `sample`'s.
+    ``per_class`` may be one number for each class, 0 among them. An adapter has one member a class, or the same number
+    of members for each, which then share the class's images equally. ``options`` are `sample`'s.
     """
     parts = adapter.num_adapters // num_classes
+    if not isinstance(per_class, int):
+        if len(set(per_class)) > 1:
+            members = [
+                concatenate([adapter[i] for i in range(start, start + parts)])
+                for start in range(0, adapter.num_adapters, parts)
+            ]
+            drawn = [
+                sample_classes(base_model, member, 1, count, generator=generator, **options)
+                for member, count in zip(members, per_class, strict=True)
+                if count
+            ]
+            return torch.cat(drawn)
+        per_class = per_class[0]
     each = -(-per_class // parts)
     images = sample(base_model, adapter, adapter.num_adapters * each, generator=generator, **options)
     if per_class % parts == 0:

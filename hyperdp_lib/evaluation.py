@@ -17,9 +17,9 @@ network travels with every score.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from hyperdp_lib.data import InputError, to_levels
+from hyperdp_lib.data import ImageSet, InputError, to_levels
 
 NOT_DP = "research metric, not DP"
+SCORES = ("frechet_distance", "precision", "recall", "accuracy")
 MOST_NEIGHBOURS = 10_000  # rows on a side of precision and recall
 
 
@@ -155,13 +156,16 @@ class Moments:
         self.count = total
         return self
 
-    def compute(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean ``(d,)`` and unbiased covariance ``(d, d)``; at least ``2 d`` rows must have been seen."""
+    def compute(self, side: str = "images") -> tuple[np.ndarray, np.ndarray]:
+        """Mean ``(d,)`` and unbiased covariance ``(d, d)``; at least ``2 d`` rows must have been seen.
+
+        ``side``: what the rows are, for the error.
+        """
         needed = 2 * len(self.mean)
         if self.count < needed:
             raise InputError(
                 f"a Fréchet distance in {len(self.mean)} features needs at least {needed} images on each "
-                f"side, got {self.count}: sample more."
+                f"side; of the {side} there are {self.count}."
             )
         return self.mean, self._scatter / (self.count - 1)
 
@@ -182,17 +186,24 @@ def frechet_distance_of_gaussians(
     return float(max(distance, 0.0))
 
 
-def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+def frechet_distance(
+    features_a: np.ndarray, features_b: np.ndarray, sides: tuple[str, str] = ("samples", "reference images")
+) -> float:
     """Fréchet distance between two sets of features ``(N, d)`` and ``(M, d)``; float64, >= 0, 0 is best.
 
-    Raises `InputError` with fewer than ``2 d`` images on either side: the covariance would be too poor.
+    Raises `InputError` with fewer than ``2 d`` images on either side: the covariance would be too poor. It names that
+    side as in ``sides``.
     """
-    a, b = (Moments(rows.shape[-1]).update(rows).compute() for rows in (features_a, features_b))
+    both = zip((features_a, features_b), sides, strict=True)
+    a, b = (Moments(rows.shape[-1]).update(rows).compute(side) for rows, side in both)
     return frechet_distance_of_gaussians(*a, *b)
 
 
 def precision_recall(
-    sample_features: np.ndarray, reference_features: np.ndarray, neighbours: int = 3
+    sample_features: np.ndarray,
+    reference_features: np.ndarray,
+    neighbours: int = 3,
+    sides: tuple[str, str] = ("samples", "reference images"),
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019), both in [0, 1], 1 is best.
 
@@ -206,8 +217,11 @@ def precision_recall(
     >>> precision_recall(rows, rows), precision_recall(rows + 100, rows)
     ((1.0, 1.0), (0.0, 0.0))
     """
-    if min(len(sample_features), len(reference_features)) <= neighbours:
-        raise InputError(f"precision and recall need more than {neighbours} images a side: sample more.")
+    for rows, side in zip((sample_features, reference_features), sides, strict=True):
+        if len(rows) <= neighbours:
+            raise InputError(
+                f"precision and recall need more than {neighbours} images a side; of the {side} there are {len(rows)}."
+            )
     a, b = (_at_most(rows, MOST_NEIGHBOURS) for rows in (sample_features, reference_features))
 
     def radii(rows: Tensor) -> Tensor:  # the nearest row is the row itself, hence the + 1
@@ -280,6 +294,79 @@ def memorisation(
     closer = (to_train < to_test).double() + 0.5 * (to_train == to_test).double()
     ratio = to_train.median() / to_test.median().clamp(min=1e-12)
     return {"distance_ratio": float(ratio), "closer_to_train": float(closer.mean())}
+
+
+class Side(NamedTuple):
+    """One of two sets to compare: what it is called, its images and labels, and their features ``(N, d)``."""
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...] | None
+    features: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, image_set: ImageSet, network: Any) -> Side:
+        """The set with its features."""
+        found = features(network, image_set.images)
+        return cls(name, image_set.images, image_set.labels, image_set.class_names, found)
+
+    def rows(self, index: np.ndarray, name: str) -> Side:
+        """Some of its images."""
+        labels = None if self.labels is None else self.labels[index]
+        return self._replace(name=name, images=self.images[index], labels=labels, features=self.features[index])
+
+
+def compare(samples: Side, reference: Side) -> dict[str, Any]:
+    """Each score of the samples that can be computed; None for the others, with a reason in ``reasons``.
+
+    Keys: those of ``SCORES``, ``num_images``, ``num_reference`` and ``reasons``. It raises nothing for too few images,
+    missing labels or other classes.
+    """
+    reasons: dict[str, str] = {}
+    sides = samples.name, reference.name
+
+    def known(score: str, compute: Callable[[], Any]) -> Any:
+        try:
+            return compute()
+        except InputError as error:
+            reasons[score] = str(error)
+            return None
+
+    def accuracy() -> float:
+        for side in (samples, reference):
+            if side.labels is None:
+                raise InputError(f"an accuracy needs labels; the {side.name} have none.")
+        if samples.class_names != reference.class_names:
+            raise InputError(f"the {sides[0]} and the {sides[1]} name their classes differently.")
+        assert samples.labels is not None and reference.labels is not None
+        return downstream_accuracy(samples.images, samples.labels, reference.images, reference.labels)
+
+    both = samples.features, reference.features
+    near = known("precision", lambda: precision_recall(*both, sides=sides))
+    scores = {
+        "frechet_distance": known("frechet_distance", lambda: frechet_distance(*both, sides=sides)),
+        "precision": near and near[0],
+        "recall": near and near[1],
+        "accuracy": known("accuracy", accuracy),
+        "num_images": len(samples.features),
+        "num_reference": len(reference.features),
+        "reasons": reasons,
+    }
+    if near is None:
+        reasons["recall"] = reasons["precision"]
+    return scores
+
+
+def compare_real(reference: Side, most: int, seed: int = 0) -> dict[str, Any]:
+    """What real images score: one half of the reference, ``most`` of it at the most, against the other; see `compare`.
+
+    It is the end of the scale that samples can hope for.
+    """
+    order = np.random.default_rng(seed).permutation(len(reference.features))
+    half = len(order) // 2
+    shown = reference.rows(order[: min(half, most)], "images in one half of the reference")
+    return compare(shown, reference.rows(order[half : 2 * half], "images in the other half of the reference"))
 
 
 def evaluate(

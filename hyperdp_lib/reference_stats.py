@@ -62,15 +62,22 @@ class ReferenceStatistics:
         weights = tensors_sha256(network.state_dict())
         return cls(mean, covariance, len(private_images), source, network.name, weights)
 
-    def frechet_distance(self, samples: Tensor, network: FeatureNetwork) -> float:
-        """Fréchet distance of samples ``(N, C, H, W)`` to the reference, in the features of the same network."""
+    def frechet_distance(self, samples: Tensor, network: FeatureNetwork, side: str = "samples") -> float:
+        """Fréchet distance of samples ``(N, C, H, W)`` to the reference, in the features of the same network.
+
+        An `InputError` for another network, or fewer than ``2 d`` samples, which it calls ``side``.
+        """
+        self.check(network)
+        ours = Moments(network.dimension).update(features(network, samples)).compute(side)
+        return frechet_distance_of_gaussians(*ours, self.mean, self.covariance)
+
+    def check(self, network: FeatureNetwork) -> None:
+        """An `InputError` unless the statistics are of this network."""
         if tensors_sha256(network.state_dict()) != self.features_sha256:
             raise InputError(
                 f"the reference statistics are of another feature network ({self.features}): give its file with "
                 "--features, or make them again with data_scripts/reference_stats.py"
             )
-        ours = Moments(network.dimension).update(features(network, samples)).compute()
-        return frechet_distance_of_gaussians(*ours, self.mean, self.covariance)
 
     def save(self, path: str | Path) -> None:
         """Write one ``.npz``, whole or not at all."""

@@ -258,6 +258,7 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     assert cli.main([*command, "--num-images", "135", "--out", str(out)]) == 0
     samples = data.load_images(out)
     assert len(samples) == 135 and samples.class_names == tuple("0123456789")
+    assert "in the released (noisy) proportions" in capsys.readouterr().out
     alone = ["sample", str(released.folder), "--num-steps", "2", "--num-images", "135"]  # its base is there
     assert cli.main([*alone, "--out", str(tmp_path / "alone.npz")]) == 0
     assert torch.equal(data.load_images(tmp_path / "alone.npz").images, samples.images)
@@ -267,10 +268,21 @@ def test_released_adapters_are_sampled_and_scored(released, weights, tmp_path, c
     told = json.loads(capsys.readouterr().out)
     assert told["num_images"] == len(data.load_images(tmp_path / "agreeing.npz")) == 25 and 0 <= told["agreed"] <= 1
     features = f"{weights}/features.safetensors"
-    command = ["evaluate", str(out), "--reference", "digits-test", "--features", features]
-    assert cli.main(command) == 0
+    command = ["evaluate", str(out), "--reference", "digits-test", "--features", features, "--hypernetwork", weights]
+    assert cli.main([*command, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["frechet_distance"] > 0 and 0 <= scores["accuracy"] <= 1
+
+
+def released_counts(folder, total):
+    """Images of each class in the proportions of a plain release's noisy counts, by largest remainders."""
+    from safetensors.torch import load_file
+
+    quota = load_file(folder / "embedding.safetensors")["embedding"][:, 0].double().clamp_min(0)
+    quota *= total / quota.sum()
+    counts = quota.floor().long()
+    counts[(quota - counts).argsort(descending=True)[: total - int(counts.sum())]] += 1
+    return counts
 
 
 def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused, monkeypatch):
@@ -282,12 +294,13 @@ def test_samples_can_get_their_labels_from_the_release(tmp_path, capsys, refused
     assert cli.main([*command, "--num-images", "200"]) == 0
     assert "relabelled; the release agrees with" in capsys.readouterr().out
     samples = data.load_images(tmp_path / "told.npz")
-    drawn_for = torch.arange(10).repeat_interleave(20)
+    counts = released_counts(out, 200)
+    drawn_for = torch.arange(10).repeat_interleave(counts)
     assert len(samples) == 200 and 0.5 < float((samples.labels == drawn_for).double().mean()) < 1
-    refused(*command, "--num-images", "5", "--overwrite", expect="at least 10, one for each class")
     alike = torch.zeros(10, 1, 16, 16), torch.zeros(10, dtype=torch.long), 0.1
     monkeypatch.setattr(hyperdp_lib.classifier, "sample_relabelled", lambda *models, **drawing: alike)
-    refused(*command, "--num-images", "10", "--overwrite", expect="draw more (--num-images), or use --labels drawn")
+    assert cli.main([*command, "--num-images", "10", "--overwrite"]) == 0
+    assert "none of '1', '2'," in capsys.readouterr().out
 
 
 def test_release_options_reach_the_certificate(weights, digit_folder, tmp_path, capsys):
@@ -331,9 +344,12 @@ def test_with_the_shipped_weights_from_png_files_to_scores(weights, refused, tmp
     assert cli.main(["verify", str(out)]) == 0
     assert cli.main(["sample", str(out), "--num-images", "300", "--out", str(samples)]) == 0
     capsys.readouterr()
-    assert cli.main(["evaluate", str(samples), "--reference", "digits-test"]) == 0
+    assert cli.main(["evaluate", str(samples), "--reference", "digits-test", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["features"] == "glyphnet" and scores["label"] == "research metric, not DP"
+    assert scores["real"]["frechet_distance"] < scores["frechet_distance"] < scores["public"]["frechet_distance"]
+    assert scores["public"]["num_images"] == 300 and scores["real"]["num_images"] == 180
+    assert scores["real"]["accuracy"] > scores["accuracy"] and scores["public"]["accuracy"] is None
     assert scores["accuracy"] > 0.4 and scores["recall"] > 0  # chance is 0.1; the benchmark asks for more
     other = ["--hypernetwork", weights, "--out", tmp_path / "x.npz"]
     refused("sample", out, *other, expect="for another base model")
@@ -503,6 +519,7 @@ def tiny_base(seed):
 def releases(tmp_path, monkeypatch):
     """Releases with and without classes, for a tiny base model; a sampler whose images tell their adapter."""
     from peft import LoraConfig
+    from safetensors.torch import save_file
 
     from hyperdp_lib.adapter import Adapter, lora_geometry, save_adapter
     from hyperdp_lib.artefacts import tensors_sha256
@@ -529,10 +546,13 @@ def releases(tmp_path, monkeypatch):
             class_names=names,
         )
         write_certificate(certificate, tmp_path / folder)
+    # noisy counts of 30, less than none, and 10
+    noisy_sum = torch.tensor([[15.0, 9, 9, 9], [-1.0, 9, 9, 9], [5.0, 9, 9, 9]], dtype=torch.float64)
+    save_file({"embedding": noisy_sum}, tmp_path / "labelled" / "embedding.safetensors")
 
     def sample_classes(base_model, adapter, num_classes, per_class, *, generator, num_steps, progress):
         assert num_classes == len(adapter)
-        owner = torch.arange(num_classes).repeat_interleave(per_class)
+        owner = torch.arange(num_classes).repeat_interleave(torch.tensor(per_class))
         levels = (owner + 0.2 + 0.6 * torch.rand(len(owner), generator=generator)) / 10
         return levels.view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
 
@@ -542,11 +562,12 @@ def releases(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_sample_shares_images_over_classes(releases, capsys):
+def test_sample_shares_images_equally_on_request(releases, capsys):
     out, grid = releases / "x.npz", releases / "x.png"
-    command = ["sample", str(releases / "labelled"), "--out", str(out), "--grid", str(grid), "--num-images"]
+    command = ["sample", str(releases / "labelled"), "--out", str(out), "--grid", str(grid)]
+    command += ["--balanced", "--num-images"]
     assert cli.main([*command, "8"]) == 0
-    assert capsys.readouterr().out == f"wrote 8 images to {out} and {grid}\n"
+    assert capsys.readouterr().out == f"wrote 8 images to {out} and {grid}, as many of each class\n"
     samples = data.load_images(out)
     assert samples.class_names == ("zero", "one", "two")
     assert samples.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
@@ -557,10 +578,29 @@ def test_sample_shares_images_over_classes(releases, capsys):
     assert cli.main([*command, "8"]) == 2  # both files are there
     capsys.readouterr()
     assert cli.main([*command, "8", "--overwrite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_images"] == 8
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_images"] == 8 and told["proportions"] == "balanced"
+    assert told["images_per_class"] == {"zero": 3, "one": 3, "two": 2}
     assert out.read_bytes() == first  # same seed, same bytes
     assert cli.main([*command, "8", "--overwrite", "--seed", "1"]) == 0
     assert out.read_bytes() != first
+
+
+def test_sample_draws_classes_in_the_released_proportions(releases, capsys):
+    """Counts of 30, less than none, and 10: the shares 3/4, 0, 1/4 of nine images, by largest remainders."""
+    out = releases / "x.npz"
+    command = ["sample", str(releases / "labelled"), "--out", str(out), "--num-images", "9"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"wrote 9 images to {out}, classes in the released (noisy) proportions, none of 'one'\n"
+    with np.load(out) as samples:
+        assert samples["class_names"].tolist() == ["zero", "one", "two"]
+        assert samples["labels"].tolist() == [0] * 7 + [2] * 2
+        levels = data.from_levels(torch.from_numpy(samples["images"])).flatten(1).mean(1)
+    assert (levels * 10).floor().tolist() == [0] * 7 + [2] * 2
+    assert cli.main([*command, "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["proportions"] == "released" and told["images_per_class"] == {"zero": 7, "one": 0, "two": 2}
 
 
 def test_sample_without_classes_has_no_labels(releases):
@@ -593,49 +633,98 @@ def feature_file(tmp_path):
     return str(tmp_path / "features.safetensors")
 
 
-def test_evaluate_prints_labelled_scores(feature_file, tmp_path, capsys):
-    samples = tmp_path / "samples.npz"
-    data.save_npz(samples, data.digits("train"))
-    assert cli.main(["evaluate", str(samples), "--reference", "digits-test", "--features", feature_file]) == 0
-    scores = json.loads(capsys.readouterr().out)
+@pytest.fixture
+def research(feature_file, weights, capsys):
+    """Runs evaluate against a reference with quick models; what it prints, as JSON or as text."""
+
+    def run(samples, *options, reference="digits-test", features=feature_file):
+        command = ["evaluate", str(samples), "--reference", str(reference), "--features", features]
+        assert cli.main([*command, "--hypernetwork", weights, *options]) == 0
+        printed = capsys.readouterr().out
+        return json.loads(printed) if "--json" in options else printed
+
+    return run
+
+
+def test_evaluate_prints_each_score_between_its_ends(research):
+    scores = research("digits", "--json")
     assert scores["label"] == "research metric, not DP" and scores["features"] == "untrained"
     assert scores["accuracy"] > 0.97  # trained on the real ones, all there is to know
     assert 0 < scores["frechet_distance"] < 1 and scores["precision"] > 0.8 and scores["recall"] > 0.8
-    assert (scores["num_images"], scores["num_reference"]) == (1437, 360)
+    assert (scores["num_images"], scores["num_reference"]) == (1437, 360) and scores["reasons"] == {}
+    real, public = scores["real"], scores["public"]
+    assert (real["num_images"], real["num_reference"]) == (180, 180) and real["accuracy"] > 0.9
+    assert (public["num_images"], public["num_reference"]) == (500, 360)
+    assert real["frechet_distance"] < public["frechet_distance"] and public["precision"] < 0.2 < real["precision"]
+    assert public["accuracy"] is None and "public model have none" in public["reasons"]["accuracy"]
+    lines = research("digits").splitlines()
+    rows = {line[:18].strip(): line[18:].split() for line in lines}
+    assert rows[""] == ["real", "samples", "public", "alone"] and rows["images"] == ["180", "1437", "500"]
+    told = [real["frechet_distance"], scores["frechet_distance"], public["frechet_distance"]]
+    assert rows["Fréchet distance"] == [f"{value:.1f}" for value in told]
+    assert rows["accuracy"] == [f"{real['accuracy']:.2f}", f"{scores['accuracy']:.2f}", "-"]
 
 
-def test_evaluate_leaves_accuracy_out_when_it_cannot_know(feature_file, tmp_path, capsys):
+def test_evaluate_with_few_images_says_which_side_is_short_and_scores_the_rest(research, tmp_path):
+    train, test, few = data.digits("train"), data.digits("test"), tmp_path / "few.npz"
+    data.save_npz(few, data.ImageSet(test.images[:100], test.labels[:100], test.class_names))
+    scores = research("digits", "--json", reference=few)
+    assert scores["frechet_distance"] is None and scores["accuracy"] > 0.9 and scores["precision"] > 0.8
+    assert scores["reasons"] == {
+        "frechet_distance": "a Fréchet distance in 64 features needs at least 128 images on each side; "
+        "of the reference images there are 100."
+    }
+    assert scores["real"]["precision"] > 0
+    assert "one half of the reference" in scores["real"]["reasons"]["frechet_distance"]
+    assert "of the reference images there are 100" in research("digits", reference=few)
+    few.unlink()
+    data.save_npz(few, data.ImageSet(train.images[:100], train.labels[:100], train.class_names))
+    scores = research(few, "--json")
+    assert scores["accuracy"] > 0.8 and "of the samples there are 100" in scores["reasons"]["frechet_distance"]
+
+
+def test_evaluate_says_why_the_public_end_is_missing(research):
+    scores = research("digits", "--json", "--hypernetwork", "photographs")
+    assert scores["frechet_distance"] > 0 and scores["public"]["frechet_distance"] is None
+    assert "name other weights with --hypernetwork" in scores["public"]["reasons"]["frechet_distance"]
+
+
+def test_evaluate_leaves_accuracy_out_when_it_cannot_know(research, tmp_path):
     train = data.digits("train")
     samples = tmp_path / "samples.npz"
     data.save_npz(samples, data.ImageSet(train.images))
-    command = ["evaluate", str(samples), "--reference", "digits-test", "--features", feature_file]
-    assert cli.main(command) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] is None
-    others = tuple("abcdefghij")
+    scores = research(samples, "--json")
+    assert scores["accuracy"] is None and "the samples have none" in scores["reasons"]["accuracy"]
     samples.unlink()
-    data.save_npz(samples, data.ImageSet(train.images, train.labels, others))
-    assert cli.main(command) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["accuracy"] is None and "accuracy left out" in printed.err
+    data.save_npz(samples, data.ImageSet(train.images, train.labels, tuple("abcdefghij")))
+    scores = research(samples, "--json")
+    assert scores["accuracy"] is None and "name their classes differently" in scores["reasons"]["accuracy"]
 
 
-@pytest.mark.parametrize("score", ["frechet-distance", "accuracy"])
-def test_evaluate_against_private_images_is_noisy_and_charged(score, feature_file, tmp_path, capsys):
+@pytest.mark.parametrize("score", ["clipped-frechet-distance", "accuracy"])
+def test_evaluate_against_private_images_is_noisy_and_charged(score, feature_file, weights, tmp_path, capsys):
     samples, train = tmp_path / "samples.npz", data.digits("train")
     # six classes under wrong names: an accuracy near 0.4, for one near 1 is cut off there, noise and all
     wrong = torch.where(train.labels < 6, train.labels ^ 1, train.labels)
     data.save_npz(samples, data.ImageSet(train.images, wrong, train.class_names))
     asked = ["evaluate", str(samples), "--private", "digits-test", "--score", score, "--features", feature_file]
-    found = []
+    asked += ["--hypernetwork", weights]
+    found, name = [], score.replace("-", "_")
     for _ in range(2):
-        assert cli.main([*asked, "--epsilon", "0.5"]) == 0
+        assert cli.main([*asked, "--epsilon", "0.5", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     first, second = found
-    assert first["label"] == "differentially private" and first["value"] != second["value"]
+    assert first["label"] == "differentially private" and first[name] != second[name]
     assert first["charge"]["epsilon"] == pytest.approx(0.5, rel=1e-5) and first["charge"]["kind"] == "gaussian"
-    assert set(first) == {"label", "score", "value", "standard_error", "noise_floor", "neighboring_relation", "charge"}
+    ends = {"noise_floor", "public"} if name != "accuracy" else {"chance", "precision", "recall"}
+    shared = {"label", "score", name, "standard_error", "reasons", "neighboring_relation", "charge"}
+    assert set(first) == shared | ends and "frechet_distance" not in first
+    if name == "accuracy":
+        assert first["chance"] == 0.1 and first["precision"] is None and "no noisy ones" in str(first["reasons"])
+    else:
+        assert first["public"] == second["public"] > 0  # public images against public samples: no noise, no charge
     assert cli.main([*asked, "--epsilon", "0.5", "--seed", "0"]) == 0
-    assert "NOT PRIVATE" in json.loads(capsys.readouterr().out)["label"]
+    assert "NOT PRIVATE" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_scores_without_a_price_and_prices_without_a_score(feature_file, refused, images):
@@ -649,12 +738,12 @@ def test_evaluate_refuses_scores_without_a_price_and_prices_without_a_score(feat
     refused("evaluate", "digits", *asked, expect="classes of the same names")
 
 
-def test_evaluate_refuses_too_few_images_and_unknown_features(feature_file, refused, images, tmp_path):
+def test_evaluate_refuses_what_has_no_score_and_unknown_features(feature_file, refused, images, tmp_path):
     known = ["--reference", "digits-test", "--features", feature_file]
     refused("evaluate", tmp_path / "absent.npz", *known, expect="no such file")
     refused("evaluate", "digits", "--reference", tmp_path / "absent.npz", expect="no such file")
     refused("evaluate", "digits", "--reference", "digits", "--features", "absent", expect="no feature")
-    refused("evaluate", images, *known, expect="sample more")
+    refused("evaluate", images, *known, expect="of the samples there are 2")
 
 
 # ---- compare and train -----------------------------------------------------------------------------------
@@ -789,10 +878,9 @@ def test_a_release_of_cells_is_verified_refined_and_sampled(digit_folder, tmp_pa
     assert cli.main(["refine", str(out), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
     assert json.loads((refined / "parts.json").read_text()) == shares
     for folder in (out, refined):
-        command = ["sample", str(folder), "--num-images", "25", "--num-steps", "2", "--seed", "0"]
+        command = ["sample", str(folder), "--num-images", "25", "--num-steps", "2", "--balanced"]
         assert cli.main([*command, "--out", str(drawn), "--overwrite"]) == 0
         samples = data.load_images(drawn)
         assert samples.class_names == tuple(classes)
-        counts = samples.labels.bincount()
-        assert counts.sum() == 25 and counts.max() - counts.min() <= 1
+        assert samples.labels.bincount().tolist() == [3, 3, 3, 3, 3, 2, 2, 2, 2, 2]
     capsys.readouterr()

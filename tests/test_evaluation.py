@@ -71,10 +71,14 @@ def test_moments_do_not_depend_on_the_batches():
 
 
 def test_too_few_images_are_an_error():
-    with pytest.raises(InputError, match="at least 16 images"):
+    with pytest.raises(InputError, match="at least 16 images.*of the samples there are 15"):
         evaluation.frechet_distance(correlated(15, 8), correlated(100, 8))
+    with pytest.raises(InputError, match="at least 16 images.*of the reference images there are 15"):
+        evaluation.frechet_distance(correlated(100, 8), correlated(15, 8))
     with pytest.raises(InputError, match="more than 3"):
         evaluation.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
+    with pytest.raises(InputError, match="of the reference images there are 2"):
+        evaluation.precision_recall(np.zeros((9, 2)), np.zeros((2, 2)))
 
 
 def test_not_finite_features_are_an_error():

@@ -129,3 +129,10 @@ def test_bad_requests(changes, message):
     asked = {"epsilon": 1.0, "dimensions": 2} | changes
     with pytest.raises(InputError, match=message):
         private_frechet_distance(drawn(50, 0), drawn(50, 1), NETWORK, **asked)
+
+
+def test_the_public_end_is_what_the_score_would_read_of_those_images():
+    samples, public = drawn(300, 0), drawn(200, 1, shift=0.3)
+    noisy = private_frechet_distance(samples, public, NETWORK, epsilon=HUGE, dimensions=3, seed=0)
+    exact = private_scores.clipped_frechet_distance(samples, public, NETWORK, dimensions=3)
+    assert exact == pytest.approx(noisy.value, rel=1e-3) and exact > 0.01

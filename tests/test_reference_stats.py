@@ -17,19 +17,24 @@ def few():
     return data.digits("train").images[:300], data.digits("test")
 
 
-def test_a_file_scores_as_the_images_do(few, tmp_path, capsys):
+def test_a_file_scores_as_the_images_do(few, tmp_path, capsys, monkeypatch):
     samples, test = few
     data.save_npz(tmp_path / "samples.npz", data.ImageSet(samples))
     out = tmp_path / "reference.npz"
     for _ in range(2):
         assert reference_stats.main(["digits-test", "--out", str(out)]) == 0
     assert "kept" in capsys.readouterr().out
-    assert cli.main(["evaluate", str(tmp_path / "samples.npz"), "--reference", str(out)]) == 0
-    kept = json.loads(capsys.readouterr().out)
-    assert cli.main(["evaluate", str(tmp_path / "samples.npz"), "--reference", "digits-test"]) == 0
-    direct = json.loads(capsys.readouterr().out)
-    assert kept == {key: direct[key] for key in kept} | {"frechet_distance": pytest.approx(direct["frechet_distance"])}
-    assert kept["label"] == evaluation.NOT_DP and kept["num_reference"] == len(test)
+    monkeypatch.setattr(cli, "PUBLIC_IMAGES", 128)
+    found = []
+    for reference in (str(out), "digits-test"):
+        assert cli.main(["evaluate", str(tmp_path / "samples.npz"), "--reference", reference, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    kept, direct = found
+    for one, other in ((kept, direct), (kept["public"], direct["public"])):
+        assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-9)
+        assert one["num_images"] == other["num_images"] and one["num_reference"] == len(test)
+    assert kept["label"] == evaluation.NOT_DP and kept["precision"] is kept["real"]["frechet_distance"] is None
+    assert "statistics" in kept["reasons"]["precision"] == kept["real"]["reasons"]["frechet_distance"]
 
 
 def test_statistics_of_another_network_are_refused(few):
