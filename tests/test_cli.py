@@ -278,7 +278,9 @@ def released_counts(folder, total):
     """Images of each class in the proportions of a plain release's noisy counts, by largest remainders."""
     from safetensors.torch import load_file
 
-    quota = load_file(folder / "embedding.safetensors")["embedding"][:, 0].double().clamp_min(0)
+    from hyperdp_lib.artefacts import EMBEDDING_TENSOR
+
+    quota = load_file(folder / "embedding.safetensors")[EMBEDDING_TENSOR][:, 0].double().clamp_min(0)
     quota *= total / quota.sum()
     counts = quota.floor().long()
     counts[(quota - counts).argsort(descending=True)[: total - int(counts.sum())]] += 1
@@ -522,7 +524,7 @@ def releases(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     from hyperdp_lib.adapter import Adapter, lora_geometry, save_adapter
-    from hyperdp_lib.artefacts import tensors_sha256
+    from hyperdp_lib.artefacts import EMBEDDING_TENSOR, tensors_sha256
     from hyperdp_lib.certificate import gaussian_certificate, write_certificate
     from hyperdp_lib.mechanism import GaussianSum
 
@@ -548,7 +550,7 @@ def releases(tmp_path, monkeypatch):
         write_certificate(certificate, tmp_path / folder)
     # noisy counts of 30, less than none, and 10
     noisy_sum = torch.tensor([[15.0, 9, 9, 9], [-1.0, 9, 9, 9], [5.0, 9, 9, 9]], dtype=torch.float64)
-    save_file({"embedding": noisy_sum}, tmp_path / "labelled" / "embedding.safetensors")
+    save_file({EMBEDDING_TENSOR: noisy_sum}, tmp_path / "labelled" / "embedding.safetensors")
 
     def sample_classes(base_model, adapter, num_classes, per_class, *, generator, num_steps, progress):
         assert num_classes == len(adapter)
