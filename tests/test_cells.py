@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 from hyperdp_lib import embedding, mechanism
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls
-from hyperdp_lib.cells import NUMBERS, SLOTS, CellEncoder, CellHyperNetwork, apportion, cells_for, find_centroids
+from hyperdp_lib.cells import (
+    NUMBERS,
+    SLOTS,
+    CellEncoder,
+    CellHyperNetwork,
+    apportion,
+    cells_for,
+    find_centroids,
+    released_proportions,
+)
 from hyperdp_lib.data import InputError, digits
-from hyperdp_lib.embedding import CHUNK, embed
+from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, embed
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.refinement import RefinementConfig, refine
 from hyperdp_lib.release import release
@@ -219,3 +228,22 @@ def test_weights_without_cells_say_what_to_do(plain):
     bare.centroids = {}
     with pytest.raises(InputError, match=r"add_public_tables makes it"):
         CellHyperNetwork.fitting(bare, 0.1, 6000, labelled=True)
+
+
+def test_released_proportions_add_up_the_cells_of_a_class():
+    """Two classes of four cells with eight coordinates each, counts 30 - 6 + 12 + 0 and 4 + 0 + 0 + 8."""
+    sums = torch.zeros(2, 4, 9, dtype=torch.float64)
+    sums[:, :, 0] = COUNT_COORDINATE * torch.tensor([[30.0, -6, 12, 0], [4, 0, 0, 8]])
+    sums[:, :, 1:] = 100.0  # says nothing about counts
+    assert released_proportions(sums.flatten(1).numpy()).tolist() == [0.75, 0.25]
+
+
+def test_released_proportions_are_those_of_the_private_classes():
+    """Real digits, very unequal classes, through sums with and without cells: within the noise on the counts."""
+    train, network = digits("train"), load_pretrained("glyphs-nested")[1]
+    kept = (train.labels == 0) | (train.labels == 1) & (torch.arange(len(train)) % 5 == 0)
+    private, labels = train.images[kept], train.labels[kept]
+    truth = labels.bincount().double() / len(labels)
+    for fitted in (network.using(16), CellHyperNetwork(network.using(16), network.centroids["16x4"])):
+        sums, _ = controls.noisy_class_sums(private, labels, fitted.encoder, epsilon=50.0, num_classes=2, seed=0)
+        assert released_proportions(sums) == pytest.approx(truth, abs=0.03)

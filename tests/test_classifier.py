@@ -132,6 +132,12 @@ def test_samples_that_agree_are_nearer_to_what_was_released(network):
     said = classify(images)
     assert images.shape == (400, 1, 16, 16) and 0.5 < share < 1 and (said == labels).double().mean() > share
     assert len(classifier.agreeing(labels, said, 40)) == 400  # every class is full
+    counts = [5, 0, *range(1, 9)]
+    unequal, _ = classifier.sample_agreeing(
+        made, found, base_model, counts, generator=torch.Generator().manual_seed(0), num_steps=6
+    )
+    owner = torch.arange(10).repeat_interleave(torch.tensor(counts))
+    assert len(unequal) == sum(counts) and (classify(unequal) == owner).double().mean() > share
 
 
 def test_samples_are_relabelled_as_the_release_would(network):

@@ -111,3 +111,18 @@ def test_classes_get_the_images_asked_for_and_parts_share_them(model, monkeypatc
     parts = sample_classes(model, adapter, 3, per_class, generator=torch.Generator().manual_seed(0))[:, 0, 0, 0]
     assert (parts.view(3, per_class) // 2 == torch.arange(3)[:, None]).all()
     assert torch.bincount(parts.long(), minlength=6).max() <= -(-per_class // 2)
+
+
+def test_classes_get_numbers_of_their_own(model, monkeypatch):
+    """Three classes of two parts, one of them without images: no part more than its share, and no other class's."""
+    config = HyperNetworkConfig(target_modules=r".*attn1\.to_q").lora_config()
+    adapter = Adapter.no_change(config, lora_geometry(model, config), num_adapters=6)
+
+    def told(base_model, adapter, num_images, *, generator, **options):
+        owner = torch.tensor([int(name) for name in adapter.names]).repeat_interleave(num_images // len(adapter))
+        return owner.view(-1, 1, 1, 1).expand(-1, 1, 16, 16).float()
+
+    monkeypatch.setattr(diffusion, "sample", told)
+    parts = sample_classes(model, adapter, 3, [4, 0, 3], generator=torch.Generator().manual_seed(0))[:, 0, 0, 0]
+    assert (parts // 2).tolist() == [0] * 4 + [2] * 3
+    assert torch.bincount(parts.long(), minlength=6)[:4].tolist() == [2, 2, 0, 0]
