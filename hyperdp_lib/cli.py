@@ -355,7 +355,7 @@ def _ends(
     public = _public_alone(options, network, most)
     return {
         "real": {
-            "what": "images of one half of the reference against the other half",
+            "what": "images of one half of the reference against the other half (few images make the distance larger)",
             **(unknown(real) if isinstance(real, str) else real),
         },
         "public": {
@@ -426,10 +426,16 @@ def _print_research_scores(scores: dict[str, Any]) -> None:
 def _print_private_score(scores: dict[str, Any]) -> None:
     charge = scores["charge"]
     print(f"{scores['label']}; it costs epsilon {charge['epsilon']:.4g} at delta {charge['delta']:g}, on top of others")
-    print(f"{scores['score'].replace('_', ' ')}: {scores[scores['score']]:.4g}, noise {scores['standard_error']:.2g}")
-    for end in ("noise_floor", "public", "chance"):
+    name = "accuracy" if scores["score"] == "accuracy" else "clipped Fréchet distance"
+    print(f"{name}: {scores[scores['score']]:.3g}, standard error of the noise {scores['standard_error']:.2g}")
+    ends = {
+        "noise_floor": "a perfect match, under this noise",
+        "public": "if private images were what the public model draws alone, without noise",
+        "chance": "chance",
+    }
+    for end, what in ends.items():
         if scores.get(end) is not None:
-            print(f"{end.replace('_', ' ')}: {scores[end]:.4g}")
+            print(f"{what}: {scores[end]:.3g}")
     for which, why in scores["reasons"].items():
         print(f"- {which.replace('_', ' ')}: {why}")
 

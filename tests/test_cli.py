@@ -726,7 +726,9 @@ def test_evaluate_against_private_images_is_noisy_and_charged(score, feature_fil
     else:
         assert first["public"] == second["public"] > 0  # public images against public samples: no noise, no charge
     assert cli.main([*asked, "--epsilon", "0.5", "--seed", "0"]) == 0
-    assert "NOT PRIVATE" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "NOT PRIVATE" in printed
+    assert ("chance: 0.1" if name == "accuracy" else "a perfect match, under this noise: ") in printed
 
 
 def test_evaluate_refuses_scores_without_a_price_and_prices_without_a_score(feature_file, refused, images):

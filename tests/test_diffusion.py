@@ -119,7 +119,8 @@ def test_classes_get_numbers_of_their_own(model, monkeypatch):
     adapter = Adapter.no_change(config, lora_geometry(model, config), num_adapters=6)
 
     def told(base_model, adapter, num_images, *, generator, **options):
-        owner = torch.tensor([int(name) for name in adapter.names]).repeat_interleave(num_images // len(adapter))
+        numbers = torch.tensor([int(name.removeprefix("adapter_")) for name in adapter.names])
+        owner = numbers.repeat_interleave(num_images // len(adapter))
         return owner.view(-1, 1, 1, 1).expand(-1, 1, 16, 16).float()
 
     monkeypatch.setattr(diffusion, "sample", told)
