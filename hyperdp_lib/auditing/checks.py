@@ -7,20 +7,28 @@ need; statistical ones state their p-value and raise an alarm below `FALSE_ALARM
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
+from hyperdp_lib import mechanism
+from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.auditing.bounds import Counts
-from hyperdp_lib.auditing.pipeline import DIMENSION, Pipeline
-from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
+from hyperdp_lib.auditing.pipeline import DIMENSION, Pipeline, miniature
+from hyperdp_lib.baselines.dp_sgd import PrivacyPlan, secret_generator
+from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, Batch, GaussianSum
+from hyperdp_lib.release import Release
 
 FALSE_ALARM = 1e-6
 RUNS_PER_CALL = 2048  # each a row of one release
@@ -101,9 +109,10 @@ def poisoning(pipeline: Pipeline) -> Finding:
 def one_image_at_a_time(pipeline: Pipeline) -> Finding:
     """The embedding of an image is the same, bit for bit, whatever other images are embedded with it."""
     images = torch.rand(9, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    together = pipeline.embed(images)
-    alone = np.concatenate([pipeline.embed(image[None]) for image in images])
-    gap = float(np.abs(together - alone).max())
+    gap = 0.0
+    for embed in (pipeline.embed, pipeline.embed_nested):
+        alone = np.concatenate([embed(image[None]) for image in images])
+        gap = max(gap, float(np.abs(embed(images) - alone).max()))
     return Finding(not gap == 0.0, f"an embedding moves by {gap:.3g} with the images beside it")
 
 
@@ -143,6 +152,113 @@ def noise_independence(pipeline: Pipeline) -> Finding:
         if p < worst:
             worst, what = p, f"two {name} correlate by {pairs.max():.2f}"
     return Finding(not worst * 3 > FALSE_ALARM, f"smallest p-value {worst:.2g} ({what})")
+
+
+def drawn_by_opendp(pipeline: Pipeline) -> Finding:
+    """Without a seed the noise is what OpenDP's discrete Gaussian of the right scale gives, and nothing else."""
+    import opendp.prelude as dp
+
+    config = GaussianSum(DIMENSION, 3.0, num_rows=2, neighboring_relation="replace_one")
+    examples, rows = _examples(6, seed=8), np.arange(6) % 2
+    exact = pipeline.exact_sum([(examples, rows)], config)
+    scales: list[float] = []
+
+    def make_gaussian(domain: Any, metric: Any, scale: float, **more: Any) -> Callable[[list[int]], list[int]]:
+        scales.append(scale)
+        return lambda numbers: [number + 1000 * place for place, number in enumerate(numbers)]
+
+    with mock.patch.object(dp.m, "make_gaussian", make_gaussian):
+        noisy = pipeline.noisy_sum([(examples, rows)], config)
+    known = 1000.0 * np.arange(exact.size).reshape(exact.shape) / config.grid_units
+    gap = float(np.abs(noisy - exact - known).max())
+    right = scales == [config.noise_multiplier * config.grid_sensitivity]
+    return Finding(not (right and gap == 0.0), f"{len(scales)} draws of OpenDP's, and {gap:.3g} of other noise")
+
+
+def non_interference(pipeline: Pipeline) -> Finding:
+    """Where the mechanism's results are held fixed, whatever is released is the same to the last byte for all data."""
+    for mode, network, asked in modes():
+        found = {}
+        for name, images, labels in data_sets():
+            classes = {"private_labels": labels} if "class_names" in asked else {}
+            with held_fixed() as configs:
+                made = pipeline.release(images, network, epsilon=1.0, **asked, **classes)
+            found[name] = released_bytes(made), tuple(configs)
+        (first, told), *others = found.items()
+        for name, one in others:
+            if one != told:
+                return Finding(True, f"{mode}: the release of {name} differs from that of {first}")
+    return Finding(False, "one release for all data sets in every mode")
+
+
+def fresh_noise(pipeline: Pipeline) -> Finding:
+    """Each look draws noise of its own, of the size that its configuration says, also in the next release."""
+    _, images, _ = next(data_sets())
+    noise = []
+    for _ in range(40):
+        with spied() as calls:
+            pipeline.release(images, miniature()["plain"], epsilon=1.0, declared_size=100)
+        noise.append([((noisy - exact) / config.noise_std)[0] for config, exact, noisy in calls])
+    looks = np.array(noise)  # (releases, looks, k)
+    first, second = looks[:, 0], looks[:, 1]
+    worst, what = 1.0, "none in common"
+    for name, a, b in (
+        ("the two looks", first, second),
+        ("first looks of successive releases", first[1:], first[:-1]),
+        ("second looks of successive releases", second[1:], second[:-1]),
+    ):
+        p = _correlation_p(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]), a.size)
+        if not p >= worst:
+            worst, what = p, f"{name} share noise"
+    for name, look in (("first", first), ("second", second)):
+        p = _two_sided_chi2(float(np.square(look).sum()), look.size)
+        if not p >= worst:
+            worst, what = p, f"size of the noise of the {name} look"
+    return Finding(not worst * 5 > FALSE_ALARM, f"smallest p-value {worst:.2g} ({what})")
+
+
+def ledger(pipeline: Pipeline) -> Finding:
+    """Every call of the mechanism stands in the ledger with its own noise, and together they cost what is certified."""
+    _, images, labels = next(data_sets())
+    for mode, network, asked in modes():
+        for relation in SENSITIVITY_FACTOR:
+            classes = {"private_labels": labels} if "class_names" in asked else {}
+            with spied() as calls:
+                made = pipeline.release(
+                    images, network, epsilon=1.0, neighboring_relation=relation, **asked, **classes
+                )
+            statement, configs = made.certificate, [config for config, _, _ in calls]
+            charged = [entry.noise_multiplier for entry in statement.ledger if entry.private]
+            if charged != [config.noise_multiplier for config in configs]:
+                return Finding(True, f"{mode}: {len(charged)} charges for {len(configs)} calls, or of other noise")
+            mu = math.hypot(*(1 / config.noise_multiplier for config in configs))
+            delta = gaussian_delta(mu, statement.epsilon)
+            if not (statement.epsilon <= 1.0 and delta <= 1.001 * statement.delta):
+                return Finding(True, f"{mode}: true delta is {delta / statement.delta:.4g} times the stated one")
+            stated = {config.neighboring_relation for config in configs}
+            if stated != {relation} or statement.noise_std != configs[-1].noise_std:
+                return Finding(True, f"{mode}: the noise is not of the stated size, or for another relation")
+    return Finding(False, "every call is charged, and the charges compose to the certified budget")
+
+
+def poisson_batches(pipeline: Pipeline) -> Finding:
+    """Every example is in every batch by a coin of its own: sizes, shares and overlaps are binomial, by exact tests."""
+    count, rate, steps = 100, 0.2, 2000
+    plan = PrivacyPlan(1.0, rate, steps, count, 1.0, "")
+    drawn = np.zeros((steps, count), dtype=bool)
+    for row, batch in zip(drawn, pipeline.poisson_batches(count, plan, secret_generator()), strict=True):
+        row[batch.numpy()] = True
+    usual = round(rate * count)
+    each = min(_binomial_p(int(hits), steps, rate) for hits in drawn.sum(0)) * count
+    tests = {
+        "shares of all examples": _binomial_p(int(drawn.sum()), drawn.size, rate),
+        "share of one example": min(1.0, each),
+        "sizes": _binomial_p(int((drawn.sum(1) == usual).sum()), steps, float(stats.binom.pmf(usual, count, rate))),
+        "two examples together": _binomial_p(int((drawn[:, ::2] & drawn[:, 1::2]).sum()), drawn.size // 2, rate**2),
+        "one example twice": _binomial_p(int((drawn[::2] & drawn[1::2]).sum()), drawn.size // 2, rate**2),
+    }
+    what = min(tests, key=lambda name: tests[name])
+    return Finding(not tests[what] * len(tests) > FALSE_ALARM, f"smallest p-value {tests[what]:.2g} ({what})")
 
 
 def calibration(pipeline: Pipeline) -> Finding:
@@ -198,9 +314,83 @@ CHECKS: Mapping[str, Check] = {
     "one image at a time": one_image_at_a_time,
     "noise law": noise_law,
     "noise independence": noise_independence,
+    "drawn by OpenDP": drawn_by_opendp,
+    "non-interference": non_interference,
+    "fresh noise": fresh_noise,
+    "ledger": ledger,
+    "Poisson batches": poisson_batches,
     "calibration": calibration,
     "distinguishing": distinguishing,
 }
+
+
+def modes() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Ways to release: a name, a public network, and what is asked for beside a budget; with class names, labelled."""
+    networks, classes = miniature(), {"class_names": ("a", "b", "c")}
+    yield "one sum", networks["plain"], {}
+    yield "one sum a class", networks["plain"], classes
+    yield "nested coordinates for a declared size", networks["nested"].fitting(3.73, 20), classes
+    yield "cells", networks["cells"], {}
+    yield "cells a class", networks["cells"], classes
+    yield "two looks", networks["plain"], {"declared_size": 100}
+    yield "two looks a class, one centre", networks["nested"], {"declared_size": 100, **classes}
+    yield "two looks a class, a centre each", networks["plain"], {"declared_size": 1000, **classes}
+
+
+def data_sets() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Private images (N, 1, 16, 16) and labels (N,) of three classes; the first two are of one size."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 1, 16, 16, generator=generator) * 2 - 1
+    labels = torch.arange(12) % 3
+    yield "random images", images, labels
+    yield "a single class, all black", torch.full_like(images, -1.0), torch.ones_like(labels)
+    yield "many images of extremes", images.sign().repeat(11, 1, 1, 1), labels.repeat(11)
+    yield "an image in two copies", images[:1].repeat(2, 1, 1, 1), labels[:2]
+    yield "one image fewer", images[1:], labels[1:]
+    yield "no image at all", images[:0], labels[:0]
+
+
+def released_bytes(made: Release) -> str:
+    """All that a release holds, in one text: equal for equal releases only."""
+    adapter, statement, noisy_sum = made
+    tensors = {f"{layer}.{i}": factor for layer, pair in adapter.factors.items() for i, factor in enumerate(pair)}
+    return "\n".join((tensors_sha256(tensors), *adapter.names, statement.to_json(), noisy_sum.tobytes().hex()))
+
+
+@contextlib.contextmanager
+def held_fixed() -> Iterator[list[GaussianSum]]:
+    """While it lasts, the mechanism reads its data and gives results that depend on the number of the call alone.
+
+    Yields the list of the configurations that it is called with.
+    """
+    configs: list[GaussianSum] = []
+
+    def fixed(private_batches: Iterable[Batch], config: GaussianSum, *, seed: int | None = None) -> NDArray[np.float64]:
+        for _ in private_batches:
+            pass
+        configs.append(config)
+        drawn = np.random.default_rng(len(configs)).normal(size=(config.num_rows, config.dimension))
+        return np.rint(drawn * 20 * config.grid_units) / config.grid_units
+
+    with mock.patch.object(mechanism, "noisy_sum", fixed):
+        yield configs
+
+
+@contextlib.contextmanager
+def spied() -> Iterator[list[tuple[GaussianSum, NDArray[np.float64], NDArray[np.float64]]]]:
+    """While it lasts, the mechanism keeps a list of its calls: configuration, exact sum and noisy sum of each."""
+    calls: list[tuple[GaussianSum, NDArray[np.float64], NDArray[np.float64]]] = []
+    intact = mechanism.noisy_sum
+
+    def spy(private_batches: Iterable[Batch], config: GaussianSum, *, seed: int | None = None) -> NDArray[np.float64]:
+        batches = list(private_batches)
+        exact = intact(batches, replace(config, noise_multiplier=0.0), seed=0)
+        noisy = intact(batches, config, seed=seed)
+        calls.append((config, exact, noisy))
+        return noisy
+
+    with mock.patch.object(mechanism, "noisy_sum", spy):
+        yield calls
 
 
 def run_attack(pipeline: Pipeline, config: GaussianSum, trials: int) -> Counts:
@@ -257,6 +447,16 @@ def _released(pipeline: Pipeline, config: GaussianSum, runs: int) -> NDArray[np.
     """Noise of several releases of no data at all: ``(runs, rows, k)``."""
     nothing = np.zeros((0, config.dimension)), np.zeros(0, dtype=np.int64)
     return np.stack([pipeline.noisy_sum([nothing], config) for _ in range(runs)])
+
+
+def _correlation_p(correlation: float, size: int) -> float:
+    """Two-sided p-value of no correlation; Fisher's z is nearly normal."""
+    return 2 * float(stats.norm.sf(abs(np.arctanh(np.clip(correlation, -1 + 1e-12, 1 - 1e-12))) * math.sqrt(size - 3)))
+
+
+def _binomial_p(hits: int, trials: int, rate: float) -> float:
+    """Two-sided and exact: twice the smaller tail."""
+    return min(1.0, 2 * float(min(stats.binom.cdf(hits, trials, rate), stats.binom.sf(hits - 1, trials, rate))))
 
 
 def _two_sided_chi2(value: float, freedom: int) -> float:

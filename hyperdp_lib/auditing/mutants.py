@@ -1,17 +1,24 @@
-"""Twelve ways to break the pipeline that have broken real ones, each of which the checks must catch."""
+"""Ways to break the pipeline, most of which have broken real ones; the checks must catch each."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import mechanism
-from hyperdp_lib.auditing.pipeline import INTACT, Pipeline
+from hyperdp_lib import embedding, looks, mechanism, release
+from hyperdp_lib.auditing.pipeline import INTACT, Pipeline, miniature
+from hyperdp_lib.baselines.dp_sgd import PrivacyPlan
+from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import Batch, GaussianSum
 
 
@@ -128,6 +135,13 @@ def private_mean_centring(
     return mechanism.noisy_sum([(centred, rows)], config, seed=seed)
 
 
+def float_noise(
+    private_batches: Iterable[Batch], config: GaussianSum, *, seed: int | None = None
+) -> NDArray[np.float64]:
+    """Numpy's floating-point normal in place of OpenDP's exact sampler: the same law to any eye, and no proof."""
+    return mechanism.noisy_sum(private_batches, config, seed=secrets.randbits(64) if seed is None else seed)
+
+
 def _with_noise_of(relation: str, stated: str):
     def noisy_sum(
         private_batches: Iterable[Batch], config: GaussianSum, *, seed: int | None = None
@@ -143,6 +157,64 @@ def _batch_statistics(private_images: Tensor) -> NDArray[np.floating]:
     """Batch normalisation in training mode before the encoder."""
     spread = private_images.std(0, keepdim=True, correction=0) + 1e-3
     return INTACT.embed(((private_images - private_images.mean(0, keepdim=True)) / spread).clamp(-1, 1))
+
+
+def _batch_mean(private_images: Tensor) -> NDArray[np.floating]:
+    """The nested encoder is centred on the batch at hand, where the public centre belongs."""
+    encoder = copy.deepcopy(miniature()["cells"].encoder)
+    public = encoder.encoder.everything
+
+    def everything(images: Tensor) -> Tensor:
+        codes = public(images)
+        return torch.cat([codes[:, :1], codes[:, 1:] - codes[:, 1:].mean(0)], 1)
+
+    with mock.patch.object(encoder.encoder, "everything", everything):
+        return embedding.embed(encoder, private_images).numpy()
+
+
+def one_noise_for_both_looks(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
+    """Both looks draw from one secret seed, so the second's noise is the first's over again."""
+    fresh = secrets.randbits(64)
+    with mock.patch.object(looks, "_seeds", lambda seed: (fresh, fresh)):
+        return release.release(private_images, hypernetwork, **asked)
+
+
+def centre_of_the_exact_sum(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
+    """The second look is centred on the sum that the first has before its noise."""
+    intact, labels = looks.Centring.of, asked.get("private_labels")
+
+    def of(first_look: NDArray[np.float64], *rest: Any, **known: Any) -> looks.Centring:
+        num_rows, dimension = first_look.shape
+        rows = labels.numpy() if labels is not None and num_rows > 1 else None
+        config = GaussianSum(dimension, 1.0, num_rows)
+        exact = mechanism._exact_sum(embedding.embed_rows(hypernetwork.encoder, private_images, rows), config)
+        return intact(exact / config.grid_units, *rest, **known)
+
+    with mock.patch.object(looks.Centring, "of", of):
+        return release.release(private_images, hypernetwork, **asked)
+
+
+def true_count_for_the_declared(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
+    """Two looks go by the true number of images in place of the declared one."""
+    if asked.get("declared_size") is not None:
+        asked["declared_size"] = max(1, len(private_images))
+    return release.release(private_images, hypernetwork, **asked)
+
+
+def first_look_not_charged(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
+    """The certificate counts the second look only, as if the first were public."""
+    with mock.patch.object(looks, "charge", lambda first, delta: LedgerEntry("declared_public", looks.FIRST, 0.0, 0.0)):
+        return release.release(private_images, hypernetwork, **asked)
+
+
+def fixed_batches(private_count: int, plan: PrivacyPlan, generator: torch.Generator) -> Iterator[Tensor]:
+    """Shuffled epochs cut into batches of one size, under an account for Poisson batches."""
+    size, order = max(1, round(plan.sample_rate * private_count)), torch.zeros(0, dtype=torch.long)
+    for _ in range(plan.num_steps):
+        if len(order) < size:
+            order = torch.randperm(private_count, generator=generator)
+        batch, order = order[:size], order[size:]
+        yield batch
 
 
 def _classical(epsilon: float, delta: float) -> float:
@@ -168,6 +240,13 @@ MUTANTS: Mapping[str, Pipeline] = {
     "float accumulation": replace(INTACT, noisy_sum=float_accumulation),
     "seed left fixed": replace(INTACT, noisy_sum=seed_left_fixed),
     "private mean-centring": replace(INTACT, noisy_sum=private_mean_centring),
+    "float noise": replace(INTACT, noisy_sum=float_noise),
+    "batch mean in the nested encoder": replace(INTACT, embed_nested=_batch_mean),
+    "one noise for both looks": replace(INTACT, release=one_noise_for_both_looks),
+    "centre of the exact sum": replace(INTACT, release=centre_of_the_exact_sum),
+    "true count for the declared": replace(INTACT, release=true_count_for_the_declared),
+    "first look not charged": replace(INTACT, release=first_look_not_charged),
+    "fixed batches sold as Poisson": replace(INTACT, poisson_batches=fixed_batches),
 }
 """What is wrong -> a pipeline that does it."""
 

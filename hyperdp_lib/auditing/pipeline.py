@@ -1,4 +1,4 @@
-"""What is audited: everything between private images and the released sum, in three replaceable parts.
+"""What is audited: everything between private images and what is released, in replaceable parts.
 
 `INTACT` is the library's own. `hyperdp_lib.auditing.mutants` breaks one part at a time, and the checks of
 `hyperdp_lib.auditing.checks` must see it.
@@ -6,23 +6,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import accounting, embedding, mechanism
+from hyperdp_lib import accounting, diffusion, embedding, mechanism, nested, release
+from hyperdp_lib.baselines import dp_sgd
+from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib.embedding import Encoder, EncoderConfig
+from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.mechanism import Batch, GaussianSum
+from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
+from hyperdp_lib.posterior import Prior
 
 DIMENSION = 8
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Three functions; see `INTACT` for what each must do.
+    """Replaceable functions; see `INTACT` for what each must do.
 
     Attributes
     ----------
@@ -30,13 +39,22 @@ class Pipeline:
         ``(epsilon, delta) -> noise over sensitivity``.
     embed : callable
         Images ``(N, 1, 16, 16)`` to embeddings ``(N, k)``, each from its own image alone.
+    embed_nested : callable
+        The same in nested coordinates, in the block of the cell that an image lies in.
     noisy_sum : callable
         Like `mechanism.noisy_sum`.
+    release : callable
+        Like `release.release`, of one look or two.
+    poisson_batches : callable
+        Like `baselines.dp_sgd.poisson_batches`.
     """
 
     noise_multiplier: Callable[[float, float], float]
     embed: Callable[[Tensor], NDArray[np.floating]]
+    embed_nested: Callable[[Tensor], NDArray[np.floating]]
     noisy_sum: Callable[..., NDArray[np.float64]]
+    release: Callable[..., release.Release]
+    poisson_batches: Callable[..., Iterator[Tensor]]
 
     def config(
         self, epsilon: float, *, delta: float = 1e-5, dimension: int = DIMENSION, num_rows: int = 1,
@@ -55,11 +73,41 @@ class Pipeline:
         return self.noisy_sum(private_batches, silent, seed=0)
 
 
-def _embed(private_images: Tensor) -> NDArray[np.floating]:
+@functools.cache
+def miniature() -> Mapping[str, Any]:
+    """Public networks for images (N, 1, 16, 16), tiny and untrained: plain, with nested coordinates, and with cells.
+
+    The first two have a prior, which two looks need; the adapters of all depend on what they read.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = embedding.Encoder(embedding.EncoderConfig(dimension=DIMENSION, width=8))
-    return embedding.embed(encoder, private_images).numpy()
+        base_model = diffusion.build_base_model(diffusion.BaseModelConfig(width=32, num_layers=1))
+        config = HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)
+        plain = HyperNetwork(Encoder(EncoderConfig(dimension=DIMENSION, width=8)), base_model, config)
+        # each task is a blurred shape of its own, seen twice
+        tasks = (torch.randn(80, 1, 1, 16, 16) + 0.3 * torch.randn(80, 2, 1, 16, 16)).clamp(-1, 1)
+        features = FeatureNetwork()
+        axes = nested.directions(plain.encoder.eval(), features, tasks)
+        many = NestedHyperNetwork(NestedEncoder(plain.encoder, features, *axes), base_model, config).using(8)
+        many.table = {0.3: {8: 0.1, 64: 0.2}, 0.003: {8: 0.2, 64: 0.1}}
+        centroids = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
+        for network in (plain, many):
+            torch.nn.init.normal_(network.head_b.weight, std=0.1)
+            prior = Prior.fit(network.encoder, tasks)
+            k = network.encoder.config.dimension - 1
+            network.priors = {f"{k}.{part}": value.float() for part, value in vars(prior).items()}
+            network.requires_grad_(False).eval()
+    return {"plain": plain, "nested": many, "cells": CellHyperNetwork(many, centroids).eval(), "base": base_model}
 
 
-INTACT = Pipeline(accounting.noise_multiplier, _embed, mechanism.noisy_sum)
+def _embed(private_images: Tensor) -> NDArray[np.floating]:
+    return embedding.embed(miniature()["plain"].encoder, private_images).numpy()
+
+
+def _embed_nested(private_images: Tensor) -> NDArray[np.floating]:
+    return embedding.embed(miniature()["cells"].encoder, private_images).numpy()
+
+
+INTACT = Pipeline(
+    accounting.noise_multiplier, _embed, _embed_nested, mechanism.noisy_sum, release.release, dp_sgd.poisson_batches
+)
