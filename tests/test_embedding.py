@@ -1,10 +1,13 @@
 """The encoder: norm at most one, one example at a time, a constant count coordinate, streaming."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from hyperdp_lib import embedding, hypernetwork
+from hyperdp_lib.auditing.pipeline import miniature
 from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
 
 
@@ -91,6 +94,34 @@ def test_where_places_matter_every_image_is_a_batch_of_its_own():
 def test_columns_of_different_length_are_refused():
     with pytest.raises(ValueError, match="as many rows"):
         embedding.in_batches(torch.add, torch.zeros(3), torch.zeros(4), size=2)
+
+
+def one_at_a_time_is_the_same(encoder):
+    """Whether images embedded alone, in small batches, and all at once get the same bits."""
+    images = torch.rand(CHUNK + 3, 1, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    images[1], images[2] = 1.0, images[0]
+    together = embed(encoder, images)
+    parts = [torch.cat([embed(encoder, part) for part in images[:40].split(size)]) for size in (1, 7)]
+    return all(torch.equal(part, together[:40]) for part in parts)
+
+
+@pytest.mark.parametrize("name", ["plain", "nested", "cells"])
+def test_every_encoder_gives_one_image_at_a_time_what_it_gives_batches(name):
+    assert one_at_a_time_is_the_same(miniature()[name].encoder)
+
+
+def test_so_do_the_scores_by_which_a_cell_is_chosen():
+    encoder = miniature()["cells"].encoder
+    scores = copy.copy(encoder)
+    scores.forward = encoder.weighed
+    assert one_at_a_time_is_the_same(scores)
+
+
+def test_a_batch_mean_in_the_nested_encoder_would_be_caught():
+    encoder = copy.deepcopy(miniature()["nested"].encoder)
+    public = encoder.everything
+    encoder.everything = lambda images: public(images) - 0.1 * public(images).mean(0)
+    assert not one_at_a_time_is_the_same(encoder)
 
 
 def test_batch_normalisation_would_be_caught(encoder):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import dp_accounting
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hyperdp_lib import accounting, looks, mechanism
-from hyperdp_lib.auditing import bounds
+from hyperdp_lib.auditing import bounds, checks
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.certificate import verify
@@ -209,39 +210,89 @@ def test_secret_noise_is_fresh(network, images):
     assert np.array_equal(*same)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
+def test_the_centre_and_its_ball_follow_from_the_first_noisy_sum_and_what_was_declared(
+    network, images, relation, labelled, monkeypatch
+):
+    """Both calls of the mechanism seen: the second's ball is computed again from the first's result, with no image."""
+    classes = {"private_labels": torch.arange(300) % 2, "class_names": ("a", "b")} if labelled else {}
+    offsets, intact = [], Centring.offsets
+    monkeypatch.setattr(Centring, "offsets", lambda self, batches: offsets.append(self) or intact(self, batches))
+    with checks.spied() as calls:
+        made = release(images, network, epsilon=4.0, declared_size=77, neighboring_relation=relation, **classes)
+    (first, _, look), (second, _, again) = calls
+    prior = Prior.shipped(network)
+    centre = Centring.of(
+        look, first.noise_std, prior, COUNT,
+        num_rows=second.num_rows, declared_per_row=77 / second.num_rows, labelled=labelled,
+    )  # fmt: skip
+    assert np.array_equal(offsets[0].centres, centre.centres) and second.clip_norm == centre.clip_norm
+    put_together = centre.combine(again, second, declared_per_row=77 / second.num_rows, labelled=labelled)
+    assert np.array_equal(made.noisy_sum, put_together)
+    assert [first.neighboring_relation, second.neighboring_relation] == [relation] * 2
+
+
 # ---- an attack on both together ----------------------------------------------------------------------------
 
 
-def attacked(multiplier, first_factor=1.0, second_factor=1.0, runs=24_000):
-    """Lower bound on mu from re-running both looks on neighbours, each row of a release a run of its own.
+class Vectors(torch.nn.Module):
+    """Images that are vectors already (N, 1, 1, 3): what is attacked is the two looks, not an encoder."""
 
-    The attacker knows all but one image, and the optimal score: the likelihood ratio of both looks.
+    config = SimpleNamespace(dimension=3, count_coordinate=0.25)
+
+    def __init__(self):
+        super().__init__()
+        self.device_of = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def attacked(multiplier, first_factor=1.0, second_factor=1.0, runs=24_000):
+    """Lower bound on mu from re-running `look_twice` on neighbours, each row of a release a run of its own.
+
+    The attacker knows all but one image, sees the result of both calls of the mechanism, and has the optimal score: the
+    likelihood ratio of both looks. The factors make the noise of a look smaller than it is charged for.
     """
-    prior = Prior(torch.zeros(2).double(), torch.eye(2).double() / 10, torch.eye(2).double() / 10)
-    constant, share = 0.25, LooksConfig().share
+    prior = {"mean": torch.zeros(2), "between": torch.eye(2) / 10, "within": torch.eye(2) / 10}
+    network = SimpleNamespace(encoder=Vectors(), priors={f"2.{part}": value for part, value in prior.items()})
+    constant = Vectors.config.count_coordinate
     direction = math.sqrt(1 - constant**2)
     others = np.array([[constant, direction, 0.0]] * 20)
     mine = np.array([[constant, -0.6 * direction, -0.8 * direction]])  # far away: its offset is cut
-    whole = GaussianSum(3, multiplier, num_rows=runs)
-    first = dataclasses.replace(whole, noise_multiplier=first_factor * multiplier / math.sqrt(share))
+    centrings, intact_of = [], Centring.of
+
+    def of(*args, **known):
+        centrings.append(intact_of(*args, **known))
+        return centrings[-1]
 
     def scores(data):
+        results, intact = [], mechanism.noisy_sum
+
+        def noisy_sum(batches, config, *, seed=None):
+            factor = second_factor if results else first_factor
+            less = dataclasses.replace(config, noise_multiplier=factor * config.noise_multiplier)
+            results.append((intact(batches, less, seed=seed), config.noise_std))
+            return results[-1][0]
+
+        images = torch.from_numpy(np.tile(data, (runs, 1))).float().view(-1, 1, 1, 3)
         rows = np.repeat(np.arange(runs), len(data))
-        batch = np.tile(data, (runs, 1)).astype(np.float32)
-        look = mechanism.noisy_sum([(batch, rows)], first)
-        centre = Centring.of(
-            look, first.noise_std, prior, constant, num_rows=runs, declared_per_row=20, labelled=True
-        )
-        second = dataclasses.replace(
-            whole, noise_multiplier=second_factor * multiplier / math.sqrt(1 - share), clip_norm=centre.clip_norm
-        )
-        again = mechanism.noisy_sum(centre.offsets([(batch, rows)]), second)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mechanism, "noisy_sum", noisy_sum)
+            patch.setattr(Centring, "of", of)
+            look_twice(
+                images, rows, network, noise_multiplier=multiplier, num_rows=runs, declared_size=20 * runs,
+                config=LooksConfig(own_centre=0.0),
+            )  # fmt: skip
+        (look, first_std), (again, second_std) = results
+        centre = centrings[-1]
         known, known_rows = np.tile(others, (runs, 1)), np.repeat(np.arange(runs), len(others))
         expected = next(centre.offsets([(known, known_rows)]))[0].reshape(runs, -1, 3).sum(1)
         moved = next(centre.offsets([(np.tile(mine, (runs, 1)), np.arange(runs))]))[0]
-        ratio = (look - others.sum(0)) @ mine[0] / first.noise_std**2 - 0.5 / first.noise_std**2
-        ratio += ((again - expected) * moved).sum(1) / second.noise_std**2
-        return ratio - 0.5 * np.square(moved).sum(1) / second.noise_std**2
+        ratio = (look - others.sum(0)) @ mine[0] / first_std**2 - 0.5 / first_std**2
+        ratio += ((again - expected) * moved).sum(1) / second_std**2
+        return ratio - 0.5 * np.square(moved).sum(1) / second_std**2
 
     without, having = scores(others), scores(np.concatenate([others, mine]))
     some = runs // 5

@@ -277,6 +277,42 @@ def test_private_noise_is_fresh_every_time():
     assert not np.array_equal(noisy_sum([], config), noisy_sum([], config))
 
 
+@pytest.mark.parametrize("relation", sorted(mechanism.SENSITIVITY_FACTOR))
+def test_secret_noise_comes_from_opendp_and_from_no_other_generator(relation, monkeypatch):
+    """One measurement of the scale in the proof, invoked once on the exact sum; what it returns is what leaves."""
+    import random
+
+    import opendp.prelude as dp
+    import torch
+
+    config = GaussianSum(3, 2.5, num_rows=2, clip_norm=0.5, neighboring_relation=relation)
+    data = [batch([[0.25, 0.0, -0.25], [0.1, 0.2, 0.3]], [0, 1])]
+    intact, invoked = dp.m.make_gaussian, []
+
+    def make_gaussian(*args, **kwargs):
+        measurement = intact(*args, **kwargs)
+
+        def invoke(numbers):
+            invoked.append((kwargs, numbers, measurement(numbers)))
+            return invoked[-1][2]
+
+        return invoke
+
+    monkeypatch.setattr(dp.m, "make_gaussian", make_gaussian)
+    for name in ("default_rng", "normal", "standard_normal", "randn"):
+        monkeypatch.setattr(np.random, name, lambda *args, **kwargs: pytest.fail("numpy was asked for noise"))
+    for name in ("randn", "normal", "rand"):
+        monkeypatch.setattr(torch, name, lambda *args, **kwargs: pytest.fail("torch was asked for noise"))
+    before = repr(np.random.get_state()), torch.get_rng_state(), random.getstate()
+    released = noisy_sum(data, config)
+    ((asked, exact, noisy),) = invoked
+    assert asked == {"scale": 2.5 * mechanism.SENSITIVITY_FACTOR[relation] * 2**20}
+    assert exact == mechanism._exact_sum(data, config).ravel().tolist()
+    assert np.array_equal(released * 2**21, np.reshape(noisy, (2, 3)))
+    after = repr(np.random.get_state()), torch.get_rng_state(), random.getstate()
+    assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
+
+
 def test_opendp_itself_certifies_the_measurement():
     dp = pytest.importorskip("opendp.prelude")
     dp.enable_features("contrib")

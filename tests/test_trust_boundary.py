@@ -5,6 +5,7 @@ can touch it. A new module needs a row in `MAY_HOLD_PRIVATE_DATA`, with a reason
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ ALLOWED_IMPORTS = {
 # Only these may call the mechanism; only it may draw noise from OpenDP.
 # theory: on synthetic tasks
 MAY_CALL_NOISY_SUM = {"mechanism", "release", "looks", "baselines", "auditing", "private_scores", "theory"}
+# What the mechanism knows before its noise: a name that nothing else but an audit may utter.
+BEFORE_THE_NOISE = {"_exact_sum", "_to_grid", "_add_discrete_gaussian"}
 CODE_EXECUTION = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 
 
@@ -122,6 +125,23 @@ def called_names(tree):
             yield getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
+def uttered_names(tree):
+    """All names, attributes and imported names."""
+    for node in ast.walk(tree):
+        yield getattr(node, "attr", getattr(node, "id", ""))
+        yield from (alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias))
+
+
+def reached(start, through):
+    """Our modules that an import leads to from ``start``, by way of those in ``through``."""
+    trees, found, left = {name.split(".")[0]: tree for name, tree in modules() if "." not in name}, set(), [start]
+    while left:
+        if (name := left.pop()) not in found and name in trees:
+            found.add(name)
+            left += set(imported(trees[name])) & set(through)
+    return found
+
+
 def violations(name, tree):
     """What is wrong with one module, in words."""
     top = name.split(".")[0]
@@ -142,6 +162,8 @@ def violations(name, tree):
         yield f"{name} does not say whether {', '.join(sorted(bare))} is private"
     if "noisy_sum" in set(called_names(tree)) and top not in MAY_CALL_NOISY_SUM:
         yield f"{name} calls the mechanism"
+    if top not in ("mechanism", "auditing") and (early := BEFORE_THE_NOISE & set(uttered_names(tree))):
+        yield f"{name} reads {', '.join(sorted(early))}, what the mechanism knows before its noise"
     if top in ALLOWED_IMPORTS and {"print", "getLogger", "breakpoint"} & set(called_names(tree)):
         yield f"{name} prints or logs"
 
@@ -166,6 +188,21 @@ def test_the_audited_files_stay_short(name):
     assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 250
 
 
+def test_the_privacy_page_names_every_file_that_the_promise_rests_on():
+    """Derived: what the certificate imports, what carries private data in a release, and which encoders there are."""
+    from hyperdp_lib.auditing.pipeline import miniature
+
+    trees = dict(modules())
+    proof = reached("certificate", trees)
+    assert proof == {"mechanism", *proof} and proof <= set(ALLOWED_IMPORTS)
+    path = reached("release", MAY_HOLD_PRIVATE_DATA)
+    parts = [type(part).__module__ for part in miniature()["cells"].encoder.modules()]
+    encoders = {name.split(".")[1] for name in parts if name.startswith("hyperdp_lib.")}
+    page = (PACKAGE.parent / "book" / "privacy_statement.md").read_text(encoding="utf-8")
+    section = page.split("## How to check it yourself")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+)\.py`", section)) == proof | path | encoders
+
+
 def test_the_mechanism_takes_private_data_under_that_name():
     trees = dict(modules())
     assert {"private_batches", "private_embeddings"} <= set(private_names(trees["mechanism"]))
@@ -188,6 +225,8 @@ BAD_MODULES = {
     "own noise": ("training", "import opendp.prelude as dp"),
     "own call": ("figures", "from hyperdp_lib import mechanism\nmechanism.noisy_sum([], config)"),
     "pickle": ("adapter", "import pickle"),
+    "exact sum": ("looks", "mechanism._exact_sum([], config)"),
+    "exact sum by name": ("release", "from hyperdp_lib.mechanism import _exact_sum as total"),
 }
 
 

@@ -156,8 +156,6 @@ def noise_independence(pipeline: Pipeline) -> Finding:
 
 def drawn_by_opendp(pipeline: Pipeline) -> Finding:
     """Without a seed the noise is what OpenDP's discrete Gaussian of the right scale gives, and nothing else."""
-    import opendp.prelude as dp
-
     config = GaussianSum(DIMENSION, 3.0, num_rows=2, neighboring_relation="replace_one")
     examples, rows = _examples(6, seed=8), np.arange(6) % 2
     exact = pipeline.exact_sum([(examples, rows)], config)
@@ -167,7 +165,7 @@ def drawn_by_opendp(pipeline: Pipeline) -> Finding:
         scales.append(scale)
         return lambda numbers: [number + 1000 * place for place, number in enumerate(numbers)]
 
-    with mock.patch.object(dp.m, "make_gaussian", make_gaussian):
+    with mock.patch("opendp.measurements.make_gaussian", make_gaussian):
         noisy = pipeline.noisy_sum([(examples, rows)], config)
     known = 1000.0 * np.arange(exact.size).reshape(exact.shape) / config.grid_units
     gap = float(np.abs(noisy - exact - known).max())
