@@ -16,7 +16,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := .[book,test]
-EXECUTED := _build/.executed
 # Snakemake's own environment: the requirements of the extra `sweep`, without the project
 SWEEP_VENV ?= .venv-sweep
 SWEEP_READY := $(SWEEP_VENV)/.ready
@@ -46,20 +45,16 @@ setup: $(READY)
 
 $(READY): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "HyperDP needs Python 3.11 or newer; none found. Install one or say PYTHON=/path/to/python."; exit 1; }
-	$(call step,creating $(VENV) with $(PYTHON),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; })
+	$(call step,creating $(VENV) with $(PYTHON),$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; })
 	$(call step,installing hyperdp with the versions of requirements.lock (two to ten minutes the first time),$(BIN)/python -m pip install --quiet --progress-bar off -c requirements.lock -e '$(EXTRAS)')
 	@touch $(READY)
 
 $(SWEEP_READY): pyproject.toml workflow/requirements.lock
-	$(call step,creating $(SWEEP_VENV) with Snakemake (half a minute the first time),test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV); $(SWEEP_VENV)/bin/python -m pip install --quiet --progress-bar off -c workflow/requirements.lock $(SWEEP_EXTRA))
+	$(call step,creating $(SWEEP_VENV) with Snakemake (half a minute the first time),$(SWEEP_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(SWEEP_VENV); $(SWEEP_VENV)/bin/python -m pip install --quiet --progress-bar off -c workflow/requirements.lock $(SWEEP_EXTRA))
 	@touch $(SWEEP_READY)
 
-# the notebooks' outputs are cached by their source alone: forget them when the library or a record changed
-$(EXECUTED): $(shell find hyperdp_lib book/results -type f -not -path '*/__pycache__/*' 2>/dev/null)
-	@rm -rf _build && mkdir _build && touch $(EXECUTED)
-
-book: $(READY) $(EXECUTED)
-	$(call step,building the book: runs the notebooks that changed and stops at any warning,$(BIN)/jupyter-book build . --config _config.yml --toc book/_toc.yml --warningiserror --keep-going --quiet)
+book: $(READY)
+	$(call step,building the book: runs what changed and stops at any warning,$(BIN)/python -m hyperdp_lib.notebook --book)
 	@echo "    open _build/html/index.html"
 
 test: lint types pytest

@@ -13,20 +13,28 @@ skeleton. Drawing it with any pen width, slant or wobble is then one bilinear lo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import re
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import platformdirs
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
+from .artefacts import write_atomic
 from .progress import progress_bar
 
 FIELD_SIZE = 40  # grid of a stored shape; the shape's longer side is 32 of these pixels
@@ -206,14 +214,9 @@ def _draw_strokes(count: int, seed: int, progress: bool) -> np.ndarray:
 def load_shapes(config: GlyphConfig, *, progress: bool = True) -> tuple[np.ndarray, list[str]]:
     """Fields (G, 2, 40, 40) int8 and the name of each: a character, or ``"stroke 17"``.
 
-    The first call renders everything (half a minute); later ones read ``$HYPERDP_CACHE`` or ``~/.cache/hyperdp``, keyed
-    by all that decides the shapes.
+    The first call renders everything (half a minute); later ones read files in `cache_folder`.
     """
-    import matplotlib
-
-    fonts, names = cached_fields(
-        ("fonts", FONTS, NUMBER_NAMES.pattern, matplotlib.__version__), lambda: _render_fonts(progress)
-    )
+    fonts, names = cached_fields(("fonts", FONTS, NUMBER_NAMES.pattern), lambda: _render_fonts(progress))
     strokes, stroke_names = cached_fields(
         ("strokes", config.num_strokes, config.seed),
         lambda: (
@@ -225,18 +228,44 @@ def load_shapes(config: GlyphConfig, *, progress: bool = True) -> tuple[np.ndarr
 
 
 def cached_fields(key: tuple, make: Callable[[], tuple[np.ndarray, list[str]]]) -> tuple[np.ndarray, list[str]]:
-    folder = Path(os.environ.get("HYPERDP_CACHE", Path.home() / ".cache" / "hyperdp"))
-    digest = hashlib.sha256(repr((key, FIELD_SIZE, GLYPH_BOX, FIELD_LIMIT)).encode()).hexdigest()[:16]
-    path = folder / f"{key[0]}-{digest}.npz"
-    if path.exists():
+    """What ``make`` returns, made once and then read from a file of `cache_folder`.
+
+    The file's name depends on ``key`` and on the versions of the libraries that draw. Processes that want the same
+    wait for the first. Where no file can be written, it is made every time.
+    """
+    made_with = [metadata.version(name) for name in ("matplotlib", "numpy", "pillow", "scikit-image", "scipy")]
+    decisive = (key, FIELD_SIZE, GLYPH_BOX, FIELD_LIMIT, made_with)
+    digest = hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{key[0]}-{digest}.npz"
+    if (stored := _stored_fields(path)) is not None:
+        return stored
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(f"{path}.lock").acquire()
+    except (OSError, NotImplementedError):  # read-only, or a file system without locks
+        return make()
+    with held:
+        if (stored := _stored_fields(path)) is not None:
+            return stored
+        fields, names = make()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, fields=fields, names=np.array(names))
+        with contextlib.suppress(OSError):  # no space left
+            write_atomic(path, buffer.getvalue())
+        return fields, names
+
+
+def cache_folder() -> Path:
+    """Where shapes are kept: ``$HYPERDP_CACHE``, else ``hyperdp`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
+    return Path(os.environ.get("HYPERDP_CACHE") or platformdirs.user_cache_dir("hyperdp", appauthor=False))
+
+
+def _stored_fields(path: Path) -> tuple[np.ndarray, list[str]] | None:
+    try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored["fields"], [str(n) for n in stored["names"]]
-    fields, names = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, fields=fields, names=np.array(names))
-    temporary.replace(path)  # two processes may make it at once: the last one wins, both files are the same
-    return fields, names
+            return stored["fields"], [str(name) for name in stored["names"]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # none, or a damaged one
+        return None
 
 
 def _cosine_basis(size: int) -> Tensor:

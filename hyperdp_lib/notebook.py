@@ -1,4 +1,4 @@
-"""What the notebooks share: the guard against misspelt parameters, and how they are committed.
+"""What the notebooks share: the guard against misspelt parameters, how they are committed, how they become the book.
 
 Papermill only *warns* about a parameter that the notebook does not have, so `-p epsilom 0.5` would run with
 the default and print a result for another privacy budget. Each notebook therefore states its parameters once
@@ -6,23 +6,35 @@ more, right after its `parameters` cell, and the guard turns a typo into an erro
 
 `python -m hyperdp_lib.notebook notebooks/*.ipynb` runs notebooks and writes them back as they are committed:
 without outputs, but for the text of the cells marked NBVAL_CHECK_OUTPUT, which the tests compare.
+
+`python -m hyperdp_lib.notebook --book` builds the book. A page that wrote to stderr fails the build, since readers
+would see it; what earlier builds left is used only where it must be what a first build would make.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import logging
 import re
+import shutil
+import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .artefacts import file_sha256, write_atomic
 from .data import InputError
 
 # Libraries that import tqdm.auto announce missing notebook widgets; these pages are static and want none. The
 # filter comes first in every notebook because this module does.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# On a machine without matplotlib's font cache, a slow one, a page's first figure would write this to stderr.
+logging.getLogger("matplotlib.font_manager").addFilter(lambda record: "font cache" not in record.getMessage())
 
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -142,10 +154,108 @@ def _with_point(value: str) -> str:
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}" if exponent else value
 
 
+def build_book(root: str | Path) -> list[str]:
+    """Troubles of the book in ``root``, built into ``root/_build/html``; none when it is whole.
+
+    Outputs are kept by jupyter-cache, which knows a notebook's source alone, and pages by Sphinx, which reads (and
+    warns about) a page only when that page changed. So all is forgotten when an installed package, the library or a
+    record changed; pages, and outputs with text on stderr, when any page changed or the last build did not succeed.
+
+    Parameters
+    ----------
+    root
+        A clone: holds ``_config.yml``, ``book/_toc.yml``, ``book/results``, ``hyperdp_lib`` and ``notebooks``.
+    """
+    root = Path(root).resolve()
+    build, toc = root / "_build", root / "book" / "_toc.yml"
+    installed = sorted(f"{package.name}=={package.version}" for package in metadata.distributions())
+    records = root / "book" / "results"
+    computed = _digest(root, [*(root / "hyperdp_lib").rglob("*"), *records.rglob("*")], sys.version, *installed)
+    sources = [root / "_config.yml", *(root / "book").rglob("*"), *(root / "notebooks").glob("*.ipynb")]
+    pages = _digest(root, [path for path in sources if records not in path.parents])
+    state = build / "state.json"
+    before = _read_state(state)
+    if before == {"computed": computed, "pages": pages} and not incomplete_pages(root):
+        return []
+    if before.get("computed") != computed:
+        shutil.rmtree(build, ignore_errors=True)
+    for folder in ("html", ".doctrees"):
+        shutil.rmtree(build / folder, ignore_errors=True)
+    _forget_noisy_outputs(build / ".jupyter_cache")
+    build.mkdir(exist_ok=True)
+    write_atomic(state, json.dumps({"computed": computed}).encode())
+    command = shutil.which("jupyter-book", path=str(Path(sys.executable).parent)) or "jupyter-book"
+    options = ["--config", root / "_config.yml", "--toc", toc, "--warningiserror", "--keep-going", "--quiet"]
+    done = subprocess.run([command, "build", root, *options])
+    if done.returncode:
+        return [f"jupyter-book stopped with exit code {done.returncode}; its messages are above"]
+    troubles = incomplete_pages(root)
+    if not troubles:
+        write_atomic(state, json.dumps({"computed": computed, "pages": pages}).encode())
+    return troubles
+
+
+def incomplete_pages(root: str | Path) -> list[str]:
+    """What the built book of ``root`` lacks: pages of the table of contents, their text, outputs of their code."""
+    from bs4 import BeautifulSoup
+    from sphinx_external_toc.parsing import parse_toc_yaml
+
+    root = Path(root)
+    troubles = []
+    for name in parse_toc_yaml(root / "book" / "_toc.yml"):
+        page = root / "_build" / "html" / f"{name}.html"
+        if not page.is_file():
+            troubles.append(f"{name} has no page")
+            continue
+        article = BeautifulSoup(page.read_bytes(), "html.parser").find("article")
+        for heading in article.find_all(re.compile("^h[1-6]$")) if article else ():
+            heading.decompose()
+        source = root / f"{name}.md"
+        runs = not source.is_file() or re.search(r"^```\{code-cell\}", source.read_text(encoding="utf-8"), flags=re.M)
+        if article is None or not article.get_text(strip=True):
+            troubles.append(f"the page of {name} is empty")
+        elif runs and not article.find(class_="cell_output"):
+            troubles.append(f"the page of {name} shows no output of its code")
+    return troubles
+
+
+def _digest(root: Path, paths: Iterable[Path], *more: str) -> str:
+    files = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    passed_over = re.compile(r"(^|/)(\.|__pycache__/)")
+    lines = [f"{name} {file_sha256(files[name])}" for name in sorted(files) if not passed_over.search(name)]
+    return hashlib.sha256("\n".join([*lines, *more]).encode()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet
+        return {}
+
+
+def _forget_noisy_outputs(folder: Path) -> None:
+    """Drop cached runs that wrote to stderr: jupyter-cache keeps them as successful."""
+    from jupyter_cache import get_cache
+
+    if not folder.is_dir():
+        return
+    try:
+        cache = get_cache(folder)
+        for record in cache.list_cache_records():
+            cells = cache.get_cache_bundle(record.pk).nb.cells
+            if any(output.get("name") == "stderr" for cell in cells for output in cell.get("outputs", ())):
+                cache.remove_cache(record.pk)
+    except Exception:  # of whatever kind: a run that was stopped while writing left it in disorder
+        shutil.rmtree(folder)
+
+
 def _article(type_name: str) -> str:
     return {"int": "an int", "float": "a number", "str": "a string"}.get(type_name, f"a {type_name}")
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--book"]:
+        found = build_book(results_folder().parents[1])
+        sys.exit("\n".join(found) or 0)
     for argument in sys.argv[1:]:
         refresh(argument)

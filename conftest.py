@@ -1,13 +1,35 @@
-"""What all tests share: no display, one thread, and no GPU tests without a GPU."""
+"""What all tests share: an empty home, no display, and no GPU tests without a GPU.
+
+It lies beside the code because the examples in `hyperdp_lib` and the notebooks are tests too.
+"""
 
 import importlib
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-import matplotlib
 import pytest
 
+# Before anything reads them: home and caches are one new folder, which the processes of a run share.
+HOME = "HYPERDP_TEST_HOME"
+OWN_HOME = HOME not in os.environ
+if OWN_HOME:
+    os.environ[HOME] = tempfile.mkdtemp(prefix="hyperdp-tests-")
+os.environ["HOME"] = os.environ["USERPROFILE"] = os.environ[HOME]
+for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "HYPERDP_CACHE", "MPLCONFIGDIR",
+             "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "HF_HOME", "TORCH_HOME"):  # fmt: skip
+    os.environ.pop(name, None)
+
+import matplotlib  # noqa: E402
+
 matplotlib.use("agg")
+
+
+def pytest_unconfigure() -> None:
+    if OWN_HOME:
+        shutil.rmtree(os.environ.pop(HOME), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,7 +75,7 @@ def plain(base_model):
 @pytest.fixture(scope="module")
 def load_benchmark():
     """Import a script of `benchmarks/` by its name, with the others at hand as when it is run; all forgotten later."""
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder = Path(__file__).parent / "benchmarks"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield importlib.import_module
