@@ -262,7 +262,8 @@ def cache_folder() -> Path:
 
 def _stored_fields(path: Path) -> tuple[np.ndarray, list[str]] | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # opened here: np.load leaves a damaged archive open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["fields"], [str(name) for name in stored["names"]]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # none, or a damaged one
         return None

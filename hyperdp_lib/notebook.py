@@ -185,8 +185,8 @@ def build_book(root: str | Path) -> list[str]:
     build.mkdir(exist_ok=True)
     write_atomic(state, json.dumps({"computed": computed}).encode())
     command = shutil.which("jupyter-book", path=str(Path(sys.executable).parent)) or "jupyter-book"
-    options = ["--config", root / "_config.yml", "--toc", toc, "--warningiserror", "--keep-going", "--quiet"]
-    done = subprocess.run([command, "build", root, *options])
+    options = ["--config", str(root / "_config.yml"), "--toc", str(toc), "--warningiserror", "--keep-going", "--quiet"]
+    done = subprocess.run([command, "build", str(root), *options])
     if done.returncode:
         return [f"jupyter-book stopped with exit code {done.returncode}; its messages are above"]
     troubles = incomplete_pages(root)

@@ -1,12 +1,15 @@
 """Public tasks: no digits, no look-alikes unless asked, fresh every time, split by character."""
 
+import os
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks, is_lookalike, is_number, load_shapes
+from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks, cached_fields, is_lookalike, is_number, load_shapes
 
 SMALL = GlyphConfig(num_strokes=20)
 
@@ -96,3 +99,50 @@ def test_shapes_of_ones_own_are_described_by_their_owner():
     fields = np.zeros((3, 2, 40, 40), np.int8)
     own = GlyphTasks.from_fields(fields, ["a", "b", "b"], text="three wheels")
     assert own.describe() == {"text": "three wheels", "shapes": 3, "classes": 2}
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Fields from an empty cache in ``$XDG_CACHE_HOME``, and how often they were made."""
+    monkeypatch.delenv("HYPERDP_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    calls = []
+
+    def make():
+        calls.append(1)
+        return np.full((1, 2, 40, 40), len(calls), np.int8), ["a"]
+
+    return lambda key=("test",): (cached_fields(key, make)[0].flat[0], len(calls))
+
+
+def test_shapes_are_made_once_and_kept_where_the_user_keeps_caches(made, monkeypatch, tmp_path):
+    assert made() == made() == (1, 1)
+    (file,) = (tmp_path / "xdg" / "hyperdp").glob("*.npz")
+    for damaged in (b"", file.read_bytes()[:200], b"not an archive"):
+        file.write_bytes(damaged)
+        value, calls = made()
+        assert value == calls and made() == (value, calls)
+    monkeypatch.setattr("hyperdp_lib.glyphs.metadata.version", lambda name: "another")
+    assert made()[1] == 5  # other libraries, other shapes
+    monkeypatch.setenv("HYPERDP_CACHE", str(tmp_path / "own"))
+    made()
+    assert len(list((tmp_path / "own").glob("*.npz"))) == 1
+
+
+def test_shapes_are_made_without_a_place_for_them(made, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HYPERDP_CACHE", str(tmp_path / "file" / "below"))
+    assert made() == (1, 1) and made() == (2, 2)
+
+
+def test_two_processes_make_shapes_once(tmp_path):
+    code = (
+        "import sys, time; import numpy as np; from hyperdp_lib.glyphs import cached_fields\n"
+        "def make():\n"
+        "    print('made'); time.sleep(2); return np.zeros((1, 2, 40, 40), np.int8), ['a']\n"
+        "cached_fields(('test',), make)"
+    )
+    environment = {**os.environ, "HYPERDP_CACHE": str(tmp_path)}
+    start = [sys.executable, "-c", code]
+    both = [subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate()[0] for process in both) == ["", "made\n"]

@@ -1,7 +1,10 @@
 """Every notebook: one typed, commented cell of parameters, the guard, no stray outputs; typos are errors."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,7 +12,7 @@ import pytest
 import yaml
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.notebook import refresh, require_known_parameters, results_folder
+from hyperdp_lib.notebook import build_book, incomplete_pages, refresh, require_known_parameters, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -22,6 +25,8 @@ TYPES = {
     "preset": "str",
     "out": "str",
 }
+
+PYTHON = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -145,3 +150,92 @@ def test_a_number_that_yaml_takes_for_text_is_explained(written, advice):
     assert isinstance(yaml.safe_load(written), str) and isinstance(yaml.safe_load(advice), float)
     with pytest.raises(InputError, match=re.escape(f"-p delta {advice}")):
         require_known_parameters({"delta": written}, delta=float)
+
+
+@pytest.fixture(scope="module")
+def small_book(tmp_path_factory):
+    """A clone with a book of two pages, one of which runs code."""
+    root = tmp_path_factory.mktemp("clone")
+    for folder in ("hyperdp_lib", "book/results", "notebooks"):
+        (root / folder).mkdir(parents=True)
+    config = "title: small\nonly_build_toc_files: true\nexecute: {execute_notebooks: cache, stderr_output: warn}\n"
+    (root / "_config.yml").write_text(config)
+    (root / "book" / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/index\nchapters:\n- file: notebooks/runs\n"
+    )
+    (root / "book" / "index.md").write_text("# A book\n\nWith text.\n")
+    new = nbformat.v4
+    code = "from pathlib import Path\nexec(Path('run').read_text())"
+    cells = [new.new_markdown_cell("# Runs"), new.new_code_cell(code)]
+    nbformat.write(new.new_notebook(cells=cells, metadata=PYTHON), root / "notebooks" / "runs.ipynb")
+    return root
+
+
+def page(root: Path, name: str) -> Path:
+    return root / "_build" / "html" / f"{name}.html"
+
+
+def test_a_failed_build_does_not_decide_the_next(small_book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page shows depends on a file that no cache knows of, like a library's own cache."""
+    run = small_book / "notebooks" / "run"
+    run.write_text("import sys; print('a progress bar', file=sys.stderr)")
+    assert build_book(small_book) and build_book(small_book)
+    run.write_text("raise SystemError('stopped')")
+    assert build_book(small_book) and build_book(small_book)  # Sphinx alone would not warn again
+    run.write_text("print('the right', 'output')")
+    assert build_book(small_book) == []
+    assert "the right output" in page(small_book, "notebooks/runs").read_text()
+    # nothing changed: nothing is done
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.run", None)
+        assert build_book(small_book) == []
+    # another package is installed: nothing computed with the old ones stays
+    monkeypatch.setattr("hyperdp_lib.notebook.metadata.distributions", lambda: [])
+    run.write_text("print('computed', 'anew')")
+    assert build_book(small_book) == []
+    assert "computed anew" in page(small_book, "notebooks/runs").read_text()
+    # a record goes away
+    (small_book / "book" / "results" / "one.json").write_text("{}")
+    assert build_book(small_book) == []
+    (small_book / "book" / "results" / "one.json").unlink()
+    run.write_text("print('without', 'the record')")
+    assert build_book(small_book) == [] and "without the record" in page(small_book, "notebooks/runs").read_text()
+
+
+def test_missing_and_empty_pages_are_found(small_book: Path) -> None:
+    article = "<main><article><section><h1>Runs<a>#</a></h1>{}</section></article></main>"
+    index, runs = page(small_book, "book/index"), page(small_book, "notebooks/runs")
+    for path in (index, runs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(article.format("<p>text</p><div class='output cell_output'>1</div>"))
+    assert incomplete_pages(small_book) == []
+    runs.write_text(article.format("<p>text</p>"))
+    assert incomplete_pages(small_book) == ["the page of notebooks/runs shows no output of its code"]
+    runs.write_text(article.format(""))
+    assert incomplete_pages(small_book) == ["the page of notebooks/runs is empty"]
+    index.unlink()
+    assert len(incomplete_pages(small_book)) == 2
+
+
+def test_nothing_of_the_users_is_read_or_written(tmp_path: Path) -> None:
+    """Tests run in a process of their own, as a user would start them, with a home in which everything can be seen."""
+    home = tmp_path / "home"
+    environment = {**os.environ, "HOME": str(home)}
+    for name in ("HYPERDP_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        environment[name] = str(home / name)
+    del environment["HYPERDP_TEST_HOME"]
+    home.mkdir()
+    script = tmp_path / "test_it.py"
+    script.write_text(
+        "import matplotlib, matplotlib.font_manager, numpy\n"
+        "from pathlib import Path\n"
+        "from hyperdp_lib.glyphs import cache_folder, cached_fields\n"
+        "def test_it():\n"
+        "    cached_fields(('test',), lambda: (numpy.zeros(1), ['a']))\n"
+        f"    assert Path({str(home)!r}) not in cache_folder().parents and list(cache_folder().glob('*.npz'))\n"
+    )
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "--confcutdir", ROOT]
+    command = [sys.executable, "-m", "pytest", *options, ROOT / "conftest.py", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(home.iterdir()) == []
