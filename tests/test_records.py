@@ -144,9 +144,6 @@ def test_a_record_of_code_with_changes_is_refused_in_the_repository(monkeypatch,
 TO_BE_MADE_AGAIN = """
 benchmarks/forecast_coverage.json
 benchmarks/looks.json
-duplicates/drawings-fashion.json
-duplicates/drawings-mnist.json
-duplicates/tinyimagenet-cifar10.json
 layers/digits.json
 theory/learned.json
 """.split()
