@@ -15,7 +15,7 @@ Why not until nothing is missed (``gain = inf``)? The noisy mean is not the mean
 hypernetwork has: private images may look like nothing in the public data. The input would then wander off without
 end, and samples get worse and not better. The default is safe there: on public drawings unlike those of the training
 (Quick, Draw! and Kuzushiji-Kanji) it does no harm on average. Where private data may be expected to look like the
-public tasks, a larger gain buys more: the settings of the comparison, tuned on such tasks, have no leash at all.
+public tasks, a larger gain buys more. The comparison has no leash: its settings were searched before there was one.
 
 `decode_again` offers two other ways beside this one: training on public neighbours (`hyperdp_lib.neighbours`) and
 draws of the clean mean (`hyperdp_lib.posterior`).

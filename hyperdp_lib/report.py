@@ -451,16 +451,23 @@ def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
 
 
 def levers_sentences(rows: Sequence[Mapping[str, Any]], score: str) -> list[str]:
-    """One sentence for each lever: on how many sets it is better in both trainings, in one, and so on."""
+    """One sentence for each lever: on how many sets it is better in both trainings, in one, and so on.
+
+    The last compares the second training with the first: what luck of training does.
+    """
     found: dict[str, list[str]] = {}
+    luck: list[str] = []
     for (_, start, _), *others in _levers(rows, score).values():
+        luck.append({"better": "better", "worse": "worse"}.get(_judge(start[1], start[0], score), "not told apart"))
         for lever, scores, _ in others:
             found.setdefault(lever, []).append(twice(start, scores, score))
+    told = {METHOD_LABELS[lever]: judged for lever, judged in found.items()}
+    told |= {"The second training against the first": luck} if luck else {}
     return [
-        f"{METHOD_LABELS[lever]}, {score_name(score)}, on {len(judged)} set{'s' if len(judged) > 1 else ''}: "
+        f"{what}, {score_name(score)}, on {len(judged)} set{'s' if len(judged) > 1 else ''}: "
         + ", ".join(f"{judged.count(words)} {words}" for words in sorted(set(judged)))
         + "."
-        for lever, judged in found.items()
+        for what, judged in told.items()
     ]
 
 

@@ -239,3 +239,54 @@ def test_nothing_of_the_users_is_read_or_written(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(home.iterdir()) == []
+
+
+# what looks like a result in prose and is none: words around it -> why it may stand
+NO_RESULTS = {
+    "1.4 million parameters": "the size of a model",
+    "figure reach 0.1": "a question to the reader",
+    "0.47 million": "reported by the authors of another method",
+    "3.8 million": "reported by the authors of a benchmark",
+}
+RESULT = re.compile(r"\d ?± ?\d|(?<![\w.,])\d*\.\d+(?![\w.])|\d\s?(%|per cent)")
+
+
+def results_in(prose: str) -> list[str]:
+    """Decimals, percentages and spreads outside code, formulas, tables, links and values of symbols."""
+    for nothing in (
+        r"```.*?```", r"`[^`\n]*`", r"\$\$.*?\$\$", r"\$[^$\n]+\$", r"^---\n.*?^---\n", r"\]\([^)]*\)",
+        r"^\|.*?$", r"[εδηγσμρ]²? = [\d.e-]+", *map(re.escape, NO_RESULTS),
+    ):  # fmt: skip
+        prose = re.sub(nothing, " ", prose, flags=re.S | re.M)
+    return [line.strip() for line in prose.splitlines() if RESULT.search(line)]
+
+
+@pytest.mark.parametrize("text", ["0.85", "93.2 ± 1.0", ".42", "15 %", "80%", "3 per cent"])
+def test_a_typed_result_is_seen(text: str) -> None:
+    assert results_in(f"The distance is {text}, at ε = 0.5.") and not results_in(f"At ε = 0.5, `{text}` and ${text}$.")
+
+
+PAGES = [*NOTEBOOKS, *(ROOT / "book" / f"{name}.md" for name in ("status", "index"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_no_result_is_typed_by_hand(path: Path) -> None:
+    """Numbers of the prose come from records, by code; tables of what others reported stand in Markdown tables."""
+    if path.suffix == ".md":
+        sources = [path.read_text(encoding="utf-8")]
+    else:
+        sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert [line for source in sources for line in results_in(source)] == []
+
+
+def test_no_method_is_tested_for_truth(tmp_path: Path) -> None:
+    """The types of the notebooks' code, as far as it asks whether a function is true: it always is."""
+    from mypy import api
+
+    for path in NOTEBOOKS:
+        code = "\n".join(cell.source for cell in code_cells(path))
+        (tmp_path / f"chapter_{path.stem}.py").write_text(code, encoding="utf-8")
+    (tmp_path / "chapter_wrong.py").write_text("print([x for x in 'a' if x.upper])\n", encoding="utf-8")
+    said, _, _ = api.run([*map(str, sorted(tmp_path.glob("*.py"))), "--config-file", str(ROOT / "pyproject.toml")])
+    found = [line for line in said.splitlines() if "[truthy-function]" in line]
+    assert len(found) == 1 and "chapter_wrong.py" in found[0], found

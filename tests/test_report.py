@@ -242,6 +242,9 @@ def test_levers_are_judged_in_both_trainings() -> None:
     assert report.levers_sentences(rows, "frechet_distance")[0] == (
         "DP-DeepSets, nested and refined, Fréchet distance, on 1 set: 1 better in both."
     )
+    assert report.levers_sentences(rows, "frechet_distance")[-1] == (
+        "The second training against the first, Fréchet distance, on 1 set: 1 better."
+    )
     assert report.levers_table(rows, "accuracy").count("\n") == 1 and not report.levers_sentences(rows, "accuracy")
     assert report.levers_table(rows[:4], "frechet_distance").count("\n") == 1  # trained once: nothing to judge
     higher = {"accuracy": [0.9, 0.91]}, {"accuracy": [0.8, 0.81]}
