@@ -184,7 +184,8 @@ def test_training_tells_two_kinds_of_task_apart():
 def test_the_certificate_states_the_budget_and_the_one_release(relation):
     made, certificate = release(epsilon=2.0, neighboring_relation=relation, seed=None)
     assert certificate.epsilon == 2.0 and certificate.private and certificate.method == "adapter_mixture"
-    (entry,) = certificate.ledger
+    classes, entry = certificate.ledger
+    assert classes.quantity == "class names"
     assert entry.kind == "gaussian" and entry.noise_multiplier == accounting.noise_multiplier(2.0, 1e-5)
     assert certificate.sensitivity == (2.0 if relation == "replace_one" else 1.0)
     assert certificate.base_model_sha256 == tensors_sha256(tiny_dit().state_dict())

@@ -167,7 +167,8 @@ def test_the_certificate_states_the_budget_and_the_one_release(relation):
         made, certificate = release(epsilon=2.0, neighboring_relation=relation, seed=seed)
         assert certificate.epsilon == 2.0 and certificate.delta == 1e-5
         assert certificate.demonstration is stamp and certificate.private is not stamp
-        (entry,) = certificate.ledger
+        classes, entry = certificate.ledger
+        assert classes.quantity == "class names"
         assert entry.kind == "gaussian" and entry.noise_multiplier == accounting.noise_multiplier(2.0, 1e-5)
         assert certificate.sensitivity == (2.0 if relation == "replace_one" else 1.0)
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 12)

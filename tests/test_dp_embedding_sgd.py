@@ -246,8 +246,8 @@ def test_seeds_repeat_and_are_stamped():
     (three, secret), (four, _) = (train(images(), LABELS) for _ in range(2))
     assert not torch.equal(three.vectors, four.vectors)
     assert secret.private and secret.epsilon == 1.0 and secret.method == "dp_embedding_sgd"
-    declared, entry = secret.ledger
-    assert declared.kind == "declared_public"
+    classes, declared, entry = secret.ledger
+    assert classes.quantity == "class names" and declared.kind == "declared_public"
     assert (entry.kind, entry.steps, entry.sample_rate) == ("dp_sgd", 3, 1.0)
     assert type(secret).from_json(secret.to_json()) == secret
 

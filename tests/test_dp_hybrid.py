@@ -157,8 +157,8 @@ def test_both_noises_are_what_the_certificate_says(relation, monkeypatch):
     nobody = torch.zeros(0, 1, 16, 16), torch.zeros(0, dtype=torch.long)
     for seed in range(4):
         trained, certificate = train(*nobody, neighboring_relation=relation, seed=seed)
-    declared, of_sum, of_sgd = certificate.ledger
-    assert declared.kind == "declared_public"
+    classes, declared, of_sum, of_sgd = certificate.ledger
+    assert classes.quantity == "class names" and declared.kind == "declared_public"
     assert (of_sum.kind, of_sgd.kind, of_sgd.steps) == ("gaussian", "dp_sgd", CONFIG.num_steps)
     sensitivity = 2.0 if relation == "replace_one" else 1.0
     residual = np.concatenate([s.ravel() for s in sums]) / (of_sum.noise_multiplier * sensitivity)

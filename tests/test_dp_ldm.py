@@ -368,8 +368,8 @@ def test_the_certificate_states_the_budget_and_the_noise(relation, mode):
         assert certificate.noise_std == pytest.approx(trained.plan.noise_std * 0.25)
         assert certificate.dimension == trained.noise_dimension
         assert trained.trained_parameters == trained.noise_dimension * len(trained.denoisers)
-        declared, entry = certificate.ledger
-        assert declared.kind == "declared_public"
+        classes, declared, entry = certificate.ledger
+        assert classes.quantity == "class names" and declared.kind == "declared_public"
         assert (entry.steps, entry.sample_rate, trained.num_releases) == (2, 1.0, 2)
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 60)
         assert type(certificate).from_json(certificate.to_json()) == certificate

@@ -460,8 +460,8 @@ def test_the_certificate_states_the_budget_and_the_noise(relation):
         assert certificate.demonstration is stamp and certificate.private is not stamp
         assert certificate.sensitivity == (0.5 if relation == "replace_one" else 0.25)
         assert certificate.noise_std == pytest.approx(trained.plan.noise_std * 0.25)
-        declared, entry = certificate.ledger
-        assert declared.kind == "declared_public"
+        classes, declared, entry = certificate.ledger
+        assert classes.quantity == "class names" and declared.kind == "declared_public"
         assert (entry.steps, entry.sample_rate) == (2, 1.0)
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 60)
         assert type(certificate).from_json(certificate.to_json()) == certificate

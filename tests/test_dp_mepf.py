@@ -172,7 +172,7 @@ def test_the_certificate_states_the_budget_and_what_is_declared(relation, public
         assert certificate.epsilon == 2.0 and certificate.delta == 1e-5
         assert certificate.private is (seed is None) and certificate.demonstration is (seed == 0)
         assert certificate.mechanism == "discrete Gaussian sum" and certificate.num_rows == 3
-        assert [entry.kind for entry in certificate.ledger] == ["declared_public"] * public_counts + ["gaussian"]
+        assert [entry.kind for entry in certificate.ledger] == ["declared_public"] * (1 + public_counts) + ["gaussian"]
         assert ("declared public" in certificate.num_private_treatment) is public_counts
         assert certificate.num_private == (None if relation == "add_or_remove_one" else 6)
         assert certificate.encoder_sha256 is not None

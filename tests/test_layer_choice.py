@@ -284,8 +284,8 @@ def test_the_certificate_has_one_charge_for_the_whole_search(relation):
         result, statement = search(seed=seed, neighboring_relation=relation, epsilon=2.0)
         assert (statement.epsilon, statement.delta, statement.method) == (2.0, 1e-5, "dp_layer_search")
         assert statement.demonstration is stamp and statement.private is not stamp and statement.charged
-        declared, entry = statement.ledger
-        assert declared.kind == "declared_public"
+        classes, declared, entry = statement.ledger
+        assert classes.quantity == "class names" and declared.kind == "declared_public"
         assert (entry.kind, entry.epsilon, entry.delta) == ("other", 2.0, 1e-5)
         assert "2 subsets" in entry.description and "geometric with mean 2" in entry.description
         assert statement.sensitivity == CONFIG.clip_norm * (2.0 if relation == "replace_one" else 1.0)

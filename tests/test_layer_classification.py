@@ -136,8 +136,8 @@ def test_the_certificate_states_the_budget_and_the_noise(relation):
         assert certificate.demonstration is stamp and certificate.private is not stamp and certificate.charged
         assert certificate.sensitivity == (2.0 if relation == "replace_one" else 1.0)
         assert certificate.noise_std == pytest.approx(trained.plan.noise_std)
-        declared, entry = certificate.ledger
-        assert declared.kind == "declared_public"
+        classes, declared, entry = certificate.ledger
+        assert classes.quantity == "class names" and declared.kind == "declared_public"
         assert (entry.kind, entry.steps, entry.sample_rate) == ("dp_sgd", 2, 1.0) and "head" in entry.description
 
 
