@@ -154,10 +154,10 @@ def _preview(
     unasked = private.class_names is not None and options.classes is None and os.path.isdir(options.images)
     unasked = unasked and options.images.partition("/")[0] not in data.NAMED_DATA_SETS
     if options.dry_run:
+        seen = -private.images if options.invert else private.images
         if options.sheet is not None:
-            data.save_grid(options.sheet, data.ImageSet(private.images))
-        inverted = -private.images if options.invert else private.images
-        made = likeness_advice(made, inverted, options.images, vars(options))
+            data.save_grid(options.sheet, data.ImageSet(seen))
+        made = likeness_advice(made, seen, options.images, vars(options))
         print(json.dumps(made.to_plain(), indent=1) if options.json else made)
         return
     can_ask = sys.stdin.isatty() and sys.stderr.isatty()
@@ -331,13 +331,13 @@ def _public_alone(options: argparse.Namespace, network: Any, most: int) -> Any:
 
     from hyperdp_lib import data, diffusion, hypernetwork
 
-    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
-    side, channels = _geometry(base_model)
+    side, channels = hypernetwork.geometry(options.hypernetwork)
     if (side, channels) != (network.image_size, network.channels):
         return (
             f"the base model of {options.hypernetwork!r} draws {side} x {side} pixels with {channels} channel(s), not "
             f"what {network.name} reads; name other weights with --hypernetwork"
         )
+    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
     count = min(most, PUBLIC_IMAGES)
     drawn = diffusion.sample(base_model, None, count, generator=torch.Generator().manual_seed(0), progress=True)
     return data.ImageSet(drawn)
@@ -775,11 +775,6 @@ def _check_device(name: str) -> None:
 
 
 # ---- what the commands share -------------------------------------------------------------------------------
-
-
-def _geometry(base_model: Any) -> tuple[int, int]:
-    """Image side and channels of a diffusers model."""
-    return int(base_model.config.sample_size), int(base_model.config.in_channels)
 
 
 def _noise_std(options: argparse.Namespace) -> float:
