@@ -28,9 +28,8 @@ from hyperdp_lib import artefacts, data, evaluation, records
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, generator_for, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import Record
-
-from .progress import progress_bar
 
 SETTINGS_FILE = "comparison.json"
 

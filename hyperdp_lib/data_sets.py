@@ -192,7 +192,7 @@ def decode_jpegs(path: Path, header: bytes, content: bytes, offsets: np.ndarray)
     """``(N, 32, 32, 3)`` uint8 from N JPEG files that share a header; ``offsets`` ``(N + 1,)`` are into ``content``."""
     from PIL import Image
 
-    from .progress import progress_bar
+    from hyperdp_lib.progress import progress_bar
 
     images = np.empty((max(0, len(offsets) - 1), JPEG_SIDE, JPEG_SIDE, 3), dtype=np.uint8)
     for i in progress_bar(range(len(images)), desc=f"decoding {path.name}"):

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, apply_adapters, concatenate
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ from hyperdp_lib.glyphs import (
     share_of,
     signed_fields,
 )
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 EXCLUDED = ("Latin-", "Greek-", "Cyrillic-", "Old_Church_Slavonic_(Cyrillic)-")
 # Kuzushiji-Kanji holds numerals, and a class turned or mirrored looks like yet another digit.

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from hyperdp_lib.data import InputError, resize, to_channels
 from hyperdp_lib.evaluation import NOT_DP, FeatureNetwork
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 COPY_NOISE = 8.0  # grey levels of 255, standard deviation
 QUANTILE = 0.95  # of the copies that the threshold lets through

@@ -25,8 +25,7 @@ from hyperdp_lib.baselines.controls import PublicTasks
 from hyperdp_lib.baselines.methods import METHODS, Bench
 from hyperdp_lib.data import InputError
 from hyperdp_lib.glyphs import GlyphConfig
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 SCORES = ("frechet_distance", "accuracy", "precision", "recall")
 

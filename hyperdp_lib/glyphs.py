@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from hyperdp_lib.progress import progress_bar
+
 from .artefacts import write_atomic
-from .progress import progress_bar
 
 FIELD_SIZE = 40  # grid of a stored shape; the shape's longer side is 32 of these pixels
 GLYPH_BOX = 32

@@ -206,7 +206,7 @@ def _read_all(
     files: Sequence[Path], fit: Fit, window: Window | None, notes: Sequence[str], ignored: Sequence[Path]
 ) -> ImageFiles:
     """The images of files, without labels."""
-    from .progress import progress_bar
+    from hyperdp_lib.progress import progress_bar
 
     empty = fit(np.empty((0, 1, 1, 1), dtype=np.uint8))
     fitted = np.empty((len(files), *empty.shape[1:]), dtype=np.uint8)

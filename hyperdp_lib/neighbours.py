@@ -22,9 +22,8 @@ from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.baselines.controls import PublicBank
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.posterior import Prior, posterior
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.training import adapted_loss
-
-from .progress import progress_bar
 
 
 @dataclass(frozen=True)

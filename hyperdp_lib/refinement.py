@@ -42,9 +42,8 @@ from hyperdp_lib.hypernetwork import noisy_count
 from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.posterior import DrawsConfig, Prior
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.release import Release
-
-from .progress import progress_bar
 
 
 @dataclass(frozen=True)

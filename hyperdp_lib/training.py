@@ -54,8 +54,7 @@ from hyperdp_lib.hypernetwork import (
     write_half,
 )
 from hyperdp_lib.photographs import PhotographConfig
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 STAGES = ("features", "encoder", "base", "joint")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -32,8 +32,7 @@ from hyperdp_lib import comparison, records
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.methods import METHODS, Bench, Settings, public_models_source
 from hyperdp_lib.data import ImageSet, InputError
-
-from .progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 
 def dressed_as_private(

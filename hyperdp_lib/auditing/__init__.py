@@ -16,8 +16,7 @@ from hyperdp_lib import accounting
 from hyperdp_lib.auditing import bounds, checks
 from hyperdp_lib.auditing.checks import Finding
 from hyperdp_lib.auditing.pipeline import INTACT, Pipeline
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 
 @dataclass(frozen=True)

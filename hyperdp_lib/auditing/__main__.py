@@ -18,8 +18,7 @@ from typing import Any
 
 from hyperdp_lib import auditing, records
 from hyperdp_lib.auditing import attacks, canaries, inversion
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 # Each of (method, epsilon, releases): training is dear, so the rivals have fewer releases, half of them shadows.
 MEMBERSHIP = (

@@ -36,8 +36,7 @@ from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 CONFIDENCE = 0.99
 Released = tuple[Adapter, NDArray[np.float64] | None]

@@ -22,8 +22,7 @@ from torch import Tensor
 from hyperdp_lib import accounting, embedding, mechanism
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError, from_levels, to_levels
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 
 class PublicTasks(Protocol):

@@ -44,8 +44,7 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
 from hyperdp_lib.ledger import CLASS_SIZES, LedgerEntry, declaration
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 Extractor = Callable[[Tensor], Tensor]
 """``(N, C, H, W)`` -> ``(N, D)``: features of each image from that image alone, differentiable, public and frozen."""

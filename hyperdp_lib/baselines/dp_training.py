@@ -33,8 +33,7 @@ from hyperdp_lib.baselines.dp_sgd import Gradients, LossFunction, PrivacyPlan
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 
 @dataclass(frozen=True)

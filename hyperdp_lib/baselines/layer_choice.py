@@ -45,8 +45,7 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.embedding import fair_size, in_batches
 from hyperdp_lib.ledger import LedgerEntry
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 _BLOCK_LAYERS = r"(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|norm1\.linear)"
 SUBSETS: Mapping[str, str] = {

@@ -30,8 +30,7 @@ from hyperdp_lib.baselines.layer_classification import (
 )
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.evaluation import FeatureNetwork
-
-from ..progress import progress_bar
+from hyperdp_lib.progress import progress_bar
 
 LEARNING_RATES = (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)
 EPSILONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf)

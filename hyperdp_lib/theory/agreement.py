@@ -33,12 +33,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hyperdp_lib.data import InputError
+from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.theory import bounds, deepsets, rivals, simulation, subspace
 from hyperdp_lib.theory.setting import LinearSetting, gdp_mu
 from hyperdp_lib.theory.simulation import Simulated
-
-from ..progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
