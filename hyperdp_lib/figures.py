@@ -45,7 +45,6 @@ METHOD_COLOURS = {
     "dp_layer_search": _PALETTE[5],
     "dp_embedding_sgd": _PALETTE[6],
     "direct_conditioning": _PALETTE[8],
-    "adapter_mixture": (0.36, 0.17, 0.50),
     "nearest_public": _PALETTE[2],
     "noisy_class_means": (0.42, 0.42, 0.10),
     "public_only": _PALETTE[7],
@@ -363,7 +362,6 @@ _SHORT = {
     "dp_layer_search": "layers",
     "dp_embedding_sgd": "emb. SGD",
     "direct_conditioning": "direct",
-    "adapter_mixture": "mixture",
     "nearest_public": "nearest",
 }
 

@@ -37,7 +37,6 @@ METHOD_LABELS = {
     "dp_layer_search": "DP layer search",
     "dp_embedding_sgd": "DP-SGD on the embedding",
     "direct_conditioning": "direct conditioning",
-    "adapter_mixture": "adapter mixture",
     "nearest_public": "nearest public data",
     "noisy_class_means": "nearest noisy class mean",
     "public_only": "noise alone, no private data",
@@ -87,7 +86,7 @@ OTHER_METHODS = (
     "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_neighbours",
     "dp_deepsets_draws", "dp_deepsets_looks", "dp_deepsets_looks_refined", "dp_deepsets_cells",
     "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
-    "direct_conditioning", "adapter_mixture",
+    "direct_conditioning",
 )  # fmt: skip
 _VERDICTS = (
     "better",

@@ -94,7 +94,6 @@ SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "num_steps": (10, 20, 40), "noise_draws": (1, 4), "batch_share": (0.25, 1.0),
     },
     "direct_conditioning": {"guidance": (0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)},
-    "adapter_mixture": {"hard": (True,)},
 }  # fmt: skip
 
 

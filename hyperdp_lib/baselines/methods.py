@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from hyperdp_lib import diffusion, evaluation, looks, refinement, strict_json
 from hyperdp_lib.baselines import (
-    adapter_mixture,
     controls,
     direct_conditioning,
     dp_embedding_sgd,
@@ -33,7 +32,6 @@ from hyperdp_lib.baselines import (
     latent_diffusion,
     layer_choice,
 )
-from hyperdp_lib.baselines.adapter_mixture import AdapterMixtureConfig
 from hyperdp_lib.baselines.direct_conditioning import DirectConditioningConfig
 from hyperdp_lib.baselines.dp_embedding_sgd import EmbeddingSGDConfig
 from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
@@ -539,12 +537,6 @@ METHODS: Mapping[str, Method] = {
         default=DirectConditioningConfig(),
         weights="conditioned",
     ),
-    "adapter_mixture": Method(
-        rival("adapter_mixture", adapter_mixture.release_adapter_mixture),
-        also=(math.inf,),
-        default=AdapterMixtureConfig(),
-        weights="mixture",
-    ),
     "nearest_public": Method(nearest_public, also=(math.inf,), needs_public=True),
     "noisy_class_means": Method(noisy_class_means, also=(math.inf,), needs_labels=True),
     "public_only": Method(public_only, private=False, also=(0.0,)),
@@ -581,8 +573,6 @@ def public_models_source(
             return (dp_mepf.PerceptualFeatures(extractor, public_images=public_images()).to(device),)
         if method == "direct_conditioning":
             return hypernetwork, direct_conditioning.load_direct_conditioning(f"{name}-conditioned", device)
-        if method == "adapter_mixture":
-            return hypernetwork, adapter_mixture.load_adapter_mixture(f"{name}-mixture", base_model, device)
         if method == "dp_deepsets_nested" and isinstance(hypernetwork, NestedHyperNetwork):
             return (hypernetwork,)
         if method == "dp_deepsets_nested":
