@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 from transfer import CLASSES, draw
 
-from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, looks, posterior
+from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, looks
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.classifier import Classifier
 from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.looks import LooksConfig
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior, posterior
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 
@@ -95,7 +95,7 @@ def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
             sums, noise_std = one_look(mine, network, epsilon, seed)
             told = {
                 (ONE, None, None): sums[0, 1:] / sums[0, 0] * constant,
-                (POSTERIOR, None, None): posterior.posterior(sums, noise_std, prior, constant)[0][0],
+                (POSTERIOR, None, None): posterior(sums, noise_std, prior, constant)[0][0],
             }
             for share in SHARES:
                 for reach in REACHES:

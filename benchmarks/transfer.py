@@ -3,7 +3,7 @@
     HYPERDP_DATA=data python benchmarks/transfer.py    # writes book/results/benchmarks/transfer.json
 
 Ten classes of a set, a dozen or 140 images of each, one noisy sum for each class at epsilon = 1; test images go to the
-class with the nearest posterior mean (`hyperdp_lib.posterior`, with the prior of the public glyphs). No image is drawn,
+class with the nearest posterior mean (`hyperdp_lib.prior`, with the prior of the public glyphs). No image is drawn,
 so this is what a sum *says*, before any hypernetwork hears it. Mean accuracy over draws of classes and noise, for the
 plain encoder and for nested coordinates. Glyphs are held-out public tasks; Kuzushiji-Kanji, Quick, Draw! and Omniglot
 are public drawings; the digits play the private part elsewhere and are a research metric.
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperdp_lib import data, embedding, posterior
+from hyperdp_lib import data, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.glyphs import GlyphTasks
 from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.nested import COORDINATES
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior, posterior
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 
@@ -58,7 +58,7 @@ def accuracy(encoder, prior: Prior, drawn: tuple[Tensor, ...], epsilon: float, s
     sums, noise_std = controls.noisy_class_sums(
         images, labels, encoder, epsilon=epsilon, num_classes=CLASSES, seed=seed
     )
-    means, _ = posterior.posterior(sums, noise_std, prior, constant)
+    means, _ = posterior(sums, noise_std, prior, constant)
     codes = embedding.embed(encoder, tests)[:, 1:].double()
     return float((torch.cdist(codes, means).argmin(1) == truth).double().mean())
 

@@ -31,8 +31,7 @@ The modules, in the order in which to read them:
 `nested`            a release with as many coordinates as declared size and noise support
 `cells`             several means instead of one, as far as declared size and noise support
 `looks`             two sums instead of one: where the images lie, then how they differ from there
-`posterior`         what a noisy sum leaves open: draws of the clean mean
-`neighbours`        a released adapter trained further on the public images nearest to the release
+`prior`             what public data sets say about the means behind a noisy sum
 `refinement`        better decoding of a release, from the release alone
 `classifier`        what a release says about labels, and samples that keep it
 `evaluation`        research metrics, not differentially private
@@ -103,14 +102,13 @@ __all__ = [
     "lora_products",
     "mechanism",
     "mobilenet",
-    "neighbours",
     "nested",
     "notebook",
     "originals",
     "photographs",
-    "posterior",
-    "private_scores",
     "preview",
+    "prior",
+    "private_scores",
     "progress",
     "records",
     "reference_stats",

@@ -1,7 +1,7 @@
 r"""What a release with classes says about labels, and samples that keep it. No privacy cost.
 
 Such a release is a classifier by itself. What is known of the clean mean behind a noisy one is Gaussian, N(m_c, V_c)
-(`hyperdp_lib.posterior`, with the prior of public data sets), and so, nearly, are the vectors of a data set's images
+(`hyperdp_lib.prior`, that of public data sets), and so, nearly, are the vectors of a data set's images
 about its mean. A vector of class c, or of a cell of it, is then
 
     z ~ N(m_c, V_c + S),   S = (1 - RIDGE) W + RIDGE (tr W / k) I,
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, embedding, posterior
+from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import InputError
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior, observed, posterior
 from hyperdp_lib.refinement import reader
 from hyperdp_lib.release import Release
 
@@ -89,9 +89,9 @@ class Classifier:
         prior = prior or Prior.shipped(plain)
         constant = plain.encoder.config.count_coordinate
         if cells and len(hypernetwork.encoder.centroids) > 1:
-            means, left = posterior.observed(torch.cat(parts), noise_std, prior.within, constant)
+            means, left = observed(torch.cat(parts), noise_std, prior.within, constant)
         else:
-            means, left = posterior.posterior(torch.cat(parts), noise_std, prior, constant)
+            means, left = posterior(torch.cat(parts), noise_std, prior, constant)
         k = len(prior.mean)
         even = torch.eye(k, dtype=torch.float64) * prior.within.trace() / k
         roots, singular = torch.linalg.cholesky_ex(left + torch.lerp(prior.within, even, ridge))

@@ -240,8 +240,6 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _refine(options: argparse.Namespace) -> None:
     _check_count("--num-rounds", options.num_rounds)
-    _check_count("--num-sets", options.num_sets)
-    _check_count("--num-draws", options.num_draws, least=0)
     _check_count("--num-samples", options.num_samples, least=0)
     _check_output(options.out, options.overwrite, folder_of="certificate.json")
     _check_input(options.folder)
@@ -250,27 +248,16 @@ def _refine(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import comparison, hypernetwork, neighbours, posterior, refinement, release
-    from hyperdp_lib.baselines.methods import Settings
+    from hyperdp_lib import hypernetwork, refinement, release
 
-    config: Any = {
-        "closed_loop": lambda: refinement.RefinementConfig(num_rounds=options.num_rounds, gain=options.gain),
-        "neighbours": lambda: neighbours.NeighboursConfig(num_sets=options.num_sets),
-        "draws": lambda: posterior.DrawsConfig(num_draws=options.num_draws, average=options.average),
-    }[options.how]()
-    weights = _weights_of(options)
-    base_model, network = hypernetwork.load_pretrained(weights)
-    settings = Settings(bank_tasks=1000, bank_images=12) if options.how == "draws" else Settings()
-    bank = comparison.bank_source(None, settings, weights)
-    if options.how != "closed_loop":
-        comparison.public_data(weights)  # says what is missing before any work
+    config = refinement.RefinementConfig(num_rounds=options.num_rounds, gain=options.gain)
+    base_model, network = hypernetwork.load_pretrained(_weights_of(options))
     released = release.load_release(options.folder, base_model)
     refined = refinement.refine_release(
         released,
         network.to(options.device),
         base_model.to(options.device),
         config,
-        bank=bank,
         generator=torch.Generator().manual_seed(options.seed),
         progress=True,
     )
@@ -897,14 +884,8 @@ def _parser() -> Parser:
 
     add = command("refine", _refine, "decode a release again, better, at no further privacy cost")
     add("folder", metavar="DIR", type=Path, help="a release; no private image is needed")
-    ways = ("closed_loop", "neighbours", "draws")
-    told = "compare samples with the release, train on the nearest public images, or decode draws of the clean mean"
-    add("--how", choices=ways, default=ways[0], help=f"{told}; default: {ways[0]}")
-    add("--num-rounds", type=int, default=12, help="of closed_loop: comparisons of samples; default: 12")
-    add("--gain", type=float, default=1.0, help="its leash; inf for images like the public ones; default: 1")
-    add("--num-sets", type=int, default=10, help="of neighbours: nearest public data sets of a class; default: 10")
-    add("--num-draws", type=int, default=8, help="of draws: how many; 0 for the posterior mean; default: 8")
-    add("--average", action="store_true", help="of draws: one adapter, the average of all, and not their mixture")
+    add("--num-rounds", type=int, default=12, help="comparisons of samples with the release; default: 12")
+    add("--gain", type=float, default=1.0, help="their leash; inf for images like the public ones; default: 1")
     add("--seed", type=_seed, default=0, help="of the samples, public; default: 0")
     add("--hypernetwork", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
     add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")

@@ -32,8 +32,6 @@ METHOD_COLOURS = {
     "dp_deepsets_refined": (0.10, 0.25, 0.55),
     "dp_deepsets_nested": (0.00, 0.55, 0.60),
     "dp_deepsets_nested_refined": (0.00, 0.33, 0.33),
-    "dp_deepsets_neighbours": (0.30, 0.60, 0.90),
-    "dp_deepsets_draws": (0.55, 0.65, 0.75),
     "dp_deepsets_looks": (0.10, 0.65, 0.85),
     "dp_deepsets_looks_refined": (0.05, 0.40, 0.60),
     "dp_deepsets_cells": (0.45, 0.70, 0.25),

@@ -27,7 +27,7 @@ from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 NON_COMMERCIAL = ("photographs", "photographs-latent")  # in the repository, not in the package
-PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.posterior
+PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.prior
 # Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so
 # LoRA there acts like conditioning.
 TARGET_MODULES = (
@@ -95,7 +95,7 @@ class HyperNetwork(nn.Module):
         self.head_b = nn.Linear(config.head_width, sum(sizes_b))
         self._sizes = (sizes_a, sizes_b)
         self.base_model_sha256: str | None = None  # set once the base model is final
-        self.priors: Mapping[str, Tensor] = {}  # of `posterior.Prior`; empty if the weights have none
+        self.priors: Mapping[str, Tensor] = {}  # of `prior.Prior`; empty if the weights have none
         self._initialise()
 
     def _initialise(self) -> None:

@@ -6,7 +6,7 @@ smaller ball, with less noise for the same budget. That is the idea of CoinPress
 in two steps:
 
 1. A share of the budget buys one noisy sum, as ever. Its posterior mean under the prior of public data sets
-   (`hyperdp_lib.posterior`) is the *centre* o. Since every vector has the same norm, it also says how far the images
+   (`hyperdp_lib.prior`) is the *centre* o. Since every vector has the same norm, it also says how far the images
    are from there, by Pythagoras: E |phi - o|^2 = 1 - c^2 - |o|^2, with c the count coordinate. No budget buys that.
 2. The rest buys the sum of the offsets phi - o, cut to the length R that follows. The noise on it is that of the ball
    of this radius.
@@ -33,12 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperdp_lib import mechanism, posterior
+from hyperdp_lib import mechanism
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration, gaussian_charge
 from hyperdp_lib.mechanism import Batch, GaussianSum
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior, posterior
 
 CLOSEST = 0.2  # least root mean square of offsets that is believed
 TRUST = {True: 0.5, False: 0.1}  # relative error of a declared size: shared equally by labelled classes, or of one set
@@ -121,7 +121,7 @@ class Centring:
         for row in sums:
             noisy = float(row[0]) / count_coordinate, noise_std / count_coordinate
             row[0] = count_coordinate * pooled_count(known, trust, noisy)
-        centres, _ = posterior.posterior(sums, noise_std, prior, count_coordinate)
+        centres, _ = posterior(sums, noise_std, prior, count_coordinate)
         square = 1 - count_coordinate**2 - centres.square().sum(1)
         spread = math.sqrt(float(square.clamp_min(CLOSEST**2).mean()))
         return cls(centres.expand(num_rows, -1).numpy(), reach * spread, count_coordinate)

@@ -16,15 +16,12 @@ hypernetwork has: private images may look like nothing in the public data. The i
 end, and samples get worse and not better. The default is safe there: on public drawings unlike those of the training
 (Quick, Draw! and Kuzushiji-Kanji) it does no harm on average. Where private data may be expected to look like the
 public tasks, a larger gain buys more. The comparison has no leash: its settings were searched before there was one.
-
-`decode_again` offers two other ways beside this one: training on public neighbours (`hyperdp_lib.neighbours`) and
-draws of the clean mean (`hyperdp_lib.posterior`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, embedding, neighbours, posterior
+from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.artefacts import tensors_sha256
-from hyperdp_lib.baselines.controls import PublicBank
 from hyperdp_lib.cells import CellHyperNetwork, mix, reading
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import noisy_count
-from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedHyperNetwork
-from hyperdp_lib.posterior import DrawsConfig, Prior
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.release import Release
 
@@ -162,49 +156,16 @@ def refine(
     return hypernetwork(average, noise_std, names).detach()
 
 
-def decode_again(
-    noisy_sum: np.ndarray | Tensor,
-    noise_std: float,
-    hypernetwork: Any,
-    base_model: nn.Module,
-    config: RefinementConfig | NeighboursConfig | DrawsConfig,
-    *,
-    bank: Callable[[Any], PublicBank] | None = None,
-    class_names: Sequence[str] = (),
-    generator: torch.Generator,
-    progress: bool = False,
-) -> Adapter:
-    """The adapters of a released sum, in the way whose configuration is given; else as `refine`.
-
-    ``bank``: from an encoder to public data sets; only a closed loop does without.
-    """
-    shared: dict[str, Any] = dict(class_names=class_names, generator=generator)
-    if isinstance(config, RefinementConfig):
-        return refine(noisy_sum, noise_std, hypernetwork, base_model, config, **shared, progress=progress)
-    if isinstance(hypernetwork, CellHyperNetwork):
-        raise InputError("a release with cells is a mixture already: decode it in a closed loop.")
-    if bank is None:
-        raise InputError("public neighbours and draws need public data sets: give a bank.")
-    found = bank(hypernetwork.encoder)
-    if isinstance(config, NeighboursConfig):
-        return neighbours.decode_near(
-            noisy_sum, noise_std, hypernetwork, base_model, found, config, **shared, progress=progress
-        )
-    prior = Prior.of_bank(hypernetwork.encoder, found)
-    return posterior.decode(noisy_sum, noise_std, hypernetwork, prior, config, **shared)
-
-
 def refine_release(
     released: Release,
     hypernetwork: Any,
     base_model: nn.Module,
-    config: RefinementConfig | NeighboursConfig | DrawsConfig | None = None,
+    config: RefinementConfig | None = None,
     *,
-    bank: Callable[[Any], PublicBank] | None = None,
     generator: torch.Generator,
     progress: bool = False,
 ) -> Release:
-    """The release with adapters from `decode_again`; its certificate gets a note, and every number in it stays.
+    """The release with adapters from `refine`; its certificate gets a note, and every number in it stays.
 
     Raises
     ------
@@ -214,13 +175,12 @@ def refine_release(
     config = config or RefinementConfig()
     statement = released.certificate
     hypernetwork, noise_std = reader(released, hypernetwork)
-    adapter = decode_again(
+    adapter = refine(
         released.noisy_sum,
         noise_std,
         hypernetwork,
         base_model,
         config,
-        bank=bank,
         class_names=statement.class_names,
         generator=generator,
         progress=progress,

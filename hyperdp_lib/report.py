@@ -24,8 +24,6 @@ METHOD_LABELS = {
     "dp_deepsets_refined": "DP-DeepSets, refined",
     "dp_deepsets_nested": "DP-DeepSets, nested",
     "dp_deepsets_nested_refined": "DP-DeepSets, nested and refined",
-    "dp_deepsets_neighbours": "DP-DeepSets, nested, public neighbours",
-    "dp_deepsets_draws": "DP-DeepSets, nested, posterior draws",
     "dp_deepsets_looks": "DP-DeepSets, two looks",
     "dp_deepsets_looks_refined": "DP-DeepSets, two looks and refined",
     "dp_deepsets_cells": "DP-DeepSets, cells",
@@ -83,9 +81,9 @@ RIVALS = (
 )
 # every other private method that makes images: what the chapter on rivals compares ours with
 OTHER_METHODS = (
-    "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_neighbours",
-    "dp_deepsets_draws", "dp_deepsets_looks", "dp_deepsets_looks_refined", "dp_deepsets_cells",
-    "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm", "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
+    "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_looks",
+    "dp_deepsets_looks_refined", "dp_deepsets_cells", "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm",
+    "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
     "direct_conditioning",
 )  # fmt: skip
 _VERDICTS = (

@@ -745,10 +745,10 @@ def public_source(name_or_path: str | Path) -> GlyphConfig | DrawingConfig | Pho
 
 def add_public_tables(folder: Path, source: TaskSource, *, num_tasks: int = 2000) -> None:
     """Write what weights hold besides the trained networks, from public tasks: priors, and cells if they are nested."""
-    from hyperdp_lib import cells, nested, posterior
+    from hyperdp_lib import cells, nested, prior
 
     network = load_pretrained(folder)[1]
-    posterior.save_priors(folder, network, source.sample_tasks(num_tasks, 12, torch.Generator().manual_seed(4)))
+    prior.save_priors(folder, network, source.sample_tasks(num_tasks, 12, torch.Generator().manual_seed(4)))
     if isinstance(network, nested.NestedHyperNetwork):
         public_images = source.sample_tasks(num_tasks, 4, torch.Generator().manual_seed(3)).flatten(0, 1)
         write_half(folder / nested.CELLS_FILE, cells.tabulate(network, public_images))

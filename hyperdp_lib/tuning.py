@@ -59,11 +59,6 @@ REFINEMENT: Mapping[str, tuple[Any, ...]] = {
 SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dp_deepsets_refined": REFINEMENT,
     "dp_deepsets_nested_refined": REFINEMENT,
-    "dp_deepsets_neighbours": {
-        "num_sets": (3, 10, 30), "share": (0.25, 1.0), "own_share": (0.0, 0.5, 0.75), "num_steps": (25, 50, 100),
-        "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2),
-    },
-    "dp_deepsets_draws": {"num_draws": (0, 4, 8, 16), "average": (False, True)},
     "dp_lora": {
         "mode": ("per_class", "shared"), "r": (1, 4, 8),
         "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),

@@ -14,7 +14,7 @@ from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
 from hyperdp_lib.hypernetwork import noisy_count
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior
 from hyperdp_lib.release import release
 
 K = 3

@@ -167,7 +167,7 @@ def weights(tmp_path_factory):
     from hyperdp_lib.diffusion import BaseModelConfig, build_base_model
     from hyperdp_lib.embedding import Encoder, EncoderConfig
     from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
-    from hyperdp_lib.posterior import save_priors
+    from hyperdp_lib.prior import save_priors
 
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
@@ -856,10 +856,6 @@ def test_a_declared_size_decides_the_coordinates_and_stands_in_the_ledger(digit_
     refined = tmp_path / "refined"
     asked = ["--hypernetwork", "glyphs-nested", "--num-rounds", "1", "--num-samples", "0", "--out", str(refined)]
     assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(refined)]) == 0
-    drawn = tmp_path / "drawn"
-    asked = [*asked[:2], "--how", "draws", "--num-draws", "3", "--num-samples", "0", "--out", str(drawn)]
-    assert cli.main(["refine", str(tmp_path / "12"), *asked]) == 0 and cli.main(["verify", str(drawn)]) == 0
-    assert json.loads((drawn / "parts.json").read_text()) == {f"part_0{i}": 1 for i in (1, 2, 3)}
     capsys.readouterr()
     refused(*command, "--declared-size", "0", "--out", tmp_path / "x", expect="--declared-size")
 

@@ -24,9 +24,8 @@ from hyperdp_lib.cells import NUMBERS
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
-from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
-from hyperdp_lib.posterior import DrawsConfig, Prior
+from hyperdp_lib.prior import Prior
 from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
@@ -38,8 +37,6 @@ SETTINGS = Settings(
         "lora_non_private": {math.inf: QUICK},
         "dp_deepsets_refined": {1.0: REFINEMENT},
         "dp_deepsets_nested_refined": {1.0: REFINEMENT},
-        "dp_deepsets_neighbours": {1.0: NeighboursConfig(num_sets=2, num_steps=2, images_per_step=4, sampling_steps=2)},
-        "dp_deepsets_draws": {1.0: DrawsConfig(num_draws=2)},
         "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
@@ -127,7 +124,7 @@ def test_what_needs_nested_coordinates_takes_those_of_the_hypernetwork_itself(mo
     nested = nested_network(base, network)
     found = methods.public_models_source(base, nested, lambda: torch.zeros(2, 1, 16, 16))
     assert found("dp_deepsets_nested") == (nested,)
-    for name in ("dp_deepsets_neighbours", "dp_deepsets_cells", "dp_deepsets_draws", "dp_deepsets_looks"):
+    for name in ("dp_deepsets_cells", "dp_deepsets_looks"):
         assert METHODS[name].available("drawings") and METHODS[name].available("glyphs")
         assert not METHODS[name].available("glyphs-conditioned")
     for name in ("dp_deepsets_nested", "dp_deepsets_nested_refined"):  # of these weights, the plain ones again
@@ -374,8 +371,7 @@ def test_every_method_has_as_many_candidates_that_differ_and_start_with_the_pres
     start = Settings()
     candidates = tuning.candidates_for(method, start, 12, 1.0, 144)
     texts = [candidate.to_json() for candidate in candidates]
-    enough = {"dp_deepsets_draws": 7}.get(method, 12)  # it has no other choice
-    assert len(set(texts)) == len(texts) == enough
+    assert len(set(texts)) == len(texts) == 12
     first = candidates[0]
     assert first.config(method, 1.0) == start.config(method, 1.0) and first.num_nearest == start.num_nearest
 

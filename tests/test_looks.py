@@ -24,7 +24,7 @@ from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
 from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior
 from hyperdp_lib.release import load_release, release, save_release
 
 K = 15  # coordinates of the tiny encoder, without the count

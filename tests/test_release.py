@@ -287,6 +287,22 @@ def test_the_model_card_runs_without_this_library(models, digits, tmp_path, made
     assert verify(folder) == []
 
 
+def test_a_release_decoded_as_no_command_does_now_is_still_verified_read_and_sampled(models, digits, tmp_path):
+    """One adapter for each of three draws, and a note that says so: what `hyperdp refine` once could write."""
+    note = "decoded from 3 draws of the clean mean, mixed: post-processing with public models and public data"
+    made = release(digits.images, models[1], epsilon=2.0)
+    rows = torch.tensor(made.noisy_sum).float() * torch.tensor([1.0, 0.5, 0.25])[:, None]
+    mixed = models[1](rows, 1.0, ("adapter/0", "adapter/1", "adapter/2"))
+    noted = dataclasses.replace(made.certificate, post_processing=(note,))
+    folder = save_release(tmp_path / "out", Release(mixed, noted, made.noisy_sum), models[0], num_samples=0)
+    assert json.loads((folder / "parts.json").read_text()) == {f"part_0{i}": 1 for i in (1, 2, 3)}
+    assert verify(folder) == [] and note in (folder / "part_03" / "README.md").read_text()
+    read = load_release(folder, models[0])
+    assert read.certificate.post_processing == (note,) and len(read.adapter) == 3
+    drawn = [sample(models[0], one, 3, generator=torch.Generator().manual_seed(0)) for one in (mixed, read.adapter)]
+    assert torch.allclose(*drawn, atol=1e-4)
+
+
 @pytest.mark.skipif(OTHER_PEFT is None, reason="HYPERDP_OTHER_PEFT names no folder with another PEFT")
 def test_the_model_card_runs_with_the_oldest_peft_promised(models, digits, tmp_path):
     released = labelled(models, digits)

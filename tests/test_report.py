@@ -228,9 +228,9 @@ def _lever(lever: str, training: int, *distances: float, **more: list[float]) ->
 def test_levers_are_judged_in_both_trainings() -> None:
     rows = [
         _lever("dp_deepsets_nested", 0, 50.0, 51.0), _lever("dp_deepsets_nested_refined", 0, 40.0, 41.0),
-        _lever("dp_deepsets_draws", 0, 60.0, 61.0), _lever("dp_deepsets_cells", 0, 50.0, 51.0),
+        _lever("dp_deepsets_looks", 0, 60.0, 61.0), _lever("dp_deepsets_cells", 0, 50.0, 51.0),
         _lever("dp_deepsets_nested", 1, 45.0, 46.0), _lever("dp_deepsets_nested_refined", 1, 40.0, 41.0),
-        _lever("dp_deepsets_draws", 1, 40.0, 41.0), _lever("dp_deepsets_cells", 1, 60.0, 61.0),
+        _lever("dp_deepsets_looks", 1, 40.0, 41.0), _lever("dp_deepsets_cells", 1, 60.0, 61.0),
     ]  # fmt: skip
     table = report.levers_table(rows, "frechet_distance").splitlines()[2:]
     assert table[0] == (
@@ -249,5 +249,5 @@ def test_levers_are_judged_in_both_trainings() -> None:
     assert report.levers_table(rows[:4], "frechet_distance").count("\n") == 1  # trained once: nothing to judge
     higher = {"accuracy": [0.9, 0.91]}, {"accuracy": [0.8, 0.81]}
     rows = [_lever(name, turn, 1.0, 1.0, **one) for turn in (0, 1)
-            for name, one in zip(("dp_deepsets_nested", "dp_deepsets_draws"), higher, strict=True)]  # fmt: skip
+            for name, one in zip(("dp_deepsets_nested", "dp_deepsets_looks"), higher, strict=True)]  # fmt: skip
     assert "worse in both" in report.levers_table(rows, "accuracy")

@@ -37,7 +37,7 @@ MAY_HOLD_PRIVATE_DATA = {
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "nested", "cells", "posterior", "neighbours", "refinement", "classifier", "training",
+    "hypernetwork", "nested", "cells", "prior", "refinement", "classifier", "training",
     "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
     "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards", "theory",
     "lora_geometry", "lora_products", "progress", "__init__", "__main__",

@@ -24,7 +24,7 @@ from hyperdp_lib.evaluation import FeatureNetwork
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.mechanism import Batch, GaussianSum
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
-from hyperdp_lib.posterior import Prior
+from hyperdp_lib.prior import Prior
 
 DIMENSION = 8
 

@@ -42,9 +42,7 @@ from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import WEIGHTS, HyperNetwork, load_pretrained
-from hyperdp_lib.neighbours import NeighboursConfig
 from hyperdp_lib.nested import CELLS_FILE, NestedHyperNetwork
-from hyperdp_lib.posterior import DrawsConfig
 from hyperdp_lib.refinement import RefinementConfig
 
 
@@ -249,18 +247,6 @@ def dp_deepsets_nested_refined(bench: Bench, epsilon: float, seed: int) -> Outco
     return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
 
 
-def dp_deepsets_neighbours(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, the adapters trained further on the public images nearest to the release."""
-    config = bench.settings.config("dp_deepsets_neighbours", epsilon)
-    return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
-
-
-def dp_deepsets_draws(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, decoded from what the noise leaves open."""
-    config = bench.settings.config("dp_deepsets_draws", epsilon)
-    return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
-
-
 def dp_deepsets_cells(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Nested coordinates, and as many cells as the declared size and the noise support."""
     return _ours(bench, epsilon, seed, _with_cells(bench, epsilon))
@@ -328,12 +314,10 @@ def _ours(
     epsilon: float,
     seed: int,
     hypernetwork: Any,
-    refining: RefinementConfig | NeighboursConfig | DrawsConfig | None = None,
+    refining: RefinementConfig | None = None,
     read: Callable[[], tuple[np.ndarray, float]] | None = None,
 ) -> Outcome:
-    """One noisy sum (or what ``read`` gives), decoded once, or in one of the ways of `refinement.decode_again`."""
-    if isinstance(refining, NeighboursConfig | DrawsConfig):
-        bench.bank(hypernetwork.encoder)  # public work, not timed
+    """One noisy sum (or what ``read`` gives), decoded once, or in a closed loop."""
     started = time.perf_counter()
     noisy_sum, noise_std = read() if read else bench.noisy_sum(epsilon, seed, hypernetwork.encoder)
     if refining is None:
@@ -341,13 +325,12 @@ def _ours(
             sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
             adapter = hypernetwork(sums, noise_std)
     else:
-        adapter = refinement.decode_again(
+        adapter = refinement.refine(
             noisy_sum,
             noise_std,
             hypernetwork,
             bench.base_model,
             refining,
-            bank=bench.bank,
             class_names=bench.class_names,
             generator=generator_for(seed),
             progress=bench.progress,
@@ -504,12 +487,6 @@ METHODS: Mapping[str, Method] = {
     "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested", plain_only=True),
     "dp_deepsets_nested_refined": Method(
         dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested", plain_only=True
-    ),
-    "dp_deepsets_neighbours": Method(
-        dp_deepsets_neighbours, also=(math.inf,), default=NeighboursConfig(), weights="nested", needs_public=True
-    ),
-    "dp_deepsets_draws": Method(
-        dp_deepsets_draws, also=(math.inf,), default=DrawsConfig(), weights="nested", needs_public=True
     ),
     "dp_deepsets_looks": Method(dp_deepsets_looks, also=(math.inf,), weights="nested"),
     "dp_deepsets_looks_refined": Method(dp_deepsets_looks_refined, also=(math.inf,), weights="nested"),
