@@ -54,7 +54,7 @@ $(SWEEP_READY): pyproject.toml workflow/requirements.lock
 	@touch $(SWEEP_READY)
 
 book: $(READY)
-	$(call step,building the book: runs what changed and stops at any warning,$(BIN)/python -m hyperdp_lib.notebook --book)
+	$(call step,building the book: runs what changed and stops at any warning,$(BIN)/python -m hyperdp_lib.pages.notebook --book)
 	@echo "    open _build/html/index.html"
 
 test: lint types pytest
@@ -70,13 +70,13 @@ pytest: $(READY) $(SWEEP_READY)
 	$(call step,tests and notebooks: pytest with nbval on $(JOBS) processes,$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --doctest-modules --nbval-lax hyperdp_lib tests notebooks)
 
 notebooks: $(READY)
-	$(call step,running the notebooks and refreshing their checked text,$(BIN)/python -m hyperdp_lib.notebook notebooks/*.ipynb)
+	$(call step,running the notebooks and refreshing their checked text,$(BIN)/python -m hyperdp_lib.pages.notebook notebooks/*.ipynb)
 
 sweep: $(READY) $(SWEEP_READY)
 	@$(HYPERDP_SNAKEMAKE) $(ARGS) --profile workflow/profiles/laptop --config python=$(BIN)/python
 
 results-table: $(READY)
-	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.report README.md)
+	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.pages.report README.md)
 
 clean:
 	rm -rf $(VENV) $(SWEEP_VENV) .snakemake _build .mypy_cache .ruff_cache .pytest_cache .hypothesis hyperdp.egg-info

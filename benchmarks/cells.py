@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hyperdp_lib import cells, classifier, data, diffusion, evaluation
+from hyperdp_lib import cells, classifier, data, diffusion, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.hypernetwork import features_file, load_pretrained
+from hyperdp_lib.pretrained import features_file, load_pretrained
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
+from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "cells.json"
 LABELLED = (("quickdraw", 150), ("kkanji", 150), ("quickdraw", 1000))  # images of a class
@@ -59,8 +60,8 @@ def prepared(name: str, seed: int) -> tuple[ImageSet, ImageSet, np.ndarray]:
 
 
 @functools.cache
-def scoring_network() -> evaluation.FeatureNetwork:
-    return evaluation.FeatureNetwork.from_pretrained(features_file())
+def scoring_network() -> embedding.FeatureNetwork:
+    return embedding.FeatureNetwork.from_pretrained(features_file())
 
 
 def measure(

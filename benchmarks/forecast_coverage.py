@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hyperdp_lib import evaluation, forecast, tuning
+from hyperdp_lib.experiments import forecast, tuning
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
+from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "forecast_coverage.json"
 EPSILON = 1.0

@@ -26,9 +26,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hyperdp_lib import comparison, evaluation
-from hyperdp_lib.hypernetwork import features_file, resolve
+from hyperdp_lib import embedding
+from hyperdp_lib.experiments import comparison
+from hyperdp_lib.pretrained import features_file, resolve
 from hyperdp_lib.records import Record, provenance, require_commit, write_atomically
+from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "levers.json"
 EPSILON = 1.0
@@ -59,7 +61,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each lever, of the first training of the weights or the second; what is on record is read."""
     settings = (resolve(name) / comparison.SETTINGS_FILE).read_text(encoding="utf-8")
-    scoring = evaluation.FeatureNetwork.from_pretrained(features_file(name))
+    scoring = embedding.FeatureNetwork.from_pretrained(features_file(name))
     pair = f"{name}-{private.replace('/', '-')}" + ("-no-lookalikes" if name == "glyphs" else "")
     made = comparison.compare(
         private, methods=levers, epsilons=[EPSILON], exact=True, seeds=range(seeds), num_private=size,

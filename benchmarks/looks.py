@@ -31,15 +31,16 @@ import torch
 from torch import Tensor
 from transfer import CLASSES, draw
 
-from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, looks
+from hyperdp_lib import accounting, data, diffusion, embedding, looks
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.classifier import Classifier
-from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.hypernetwork import features_file, load_pretrained
 from hyperdp_lib.looks import LooksConfig
+from hyperdp_lib.pretrained import features_file, load_pretrained
 from hyperdp_lib.prior import Prior, posterior
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.public.glyphs import GlyphTasks
 from hyperdp_lib.records import provenance, require_commit, write_atomically
+from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "looks.json"
 DELTA, IMAGES, SAMPLES = 1e-5, 128, 500
@@ -185,7 +186,7 @@ def main() -> None:
         parser.error("--seeds and --repetitions must be at least 2, for there is no spread of one")
     started = datetime.now(UTC)
     base_model, network = load_pretrained("glyphs-nested")
-    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    scoring = embedding.FeatureNetwork.from_pretrained(features_file())
     content = {
         "epsilon": 1.0, "delta": DELTA, "neighboring_relation": "add_or_remove_one", "images": IMAGES,
         "samples": SAMPLES, "seeds": options.seeds, "repetitions": options.repetitions, "classes": CLASSES,

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
-from hyperdp_lib import accounting, comparison, data, embedding, mechanism
+from hyperdp_lib import accounting, data, embedding, mechanism
 from hyperdp_lib.baselines.dp_lora import train_dp_lora
-from hyperdp_lib.baselines.methods import plain_config
 from hyperdp_lib.data import ImageSet
+from hyperdp_lib.experiments import comparison
+from hyperdp_lib.experiments.methods import plain_config
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.release import decode, release
 

@@ -37,14 +37,17 @@ import torch
 from cells import draw
 from torch import Tensor
 
-from hyperdp_lib import accounting, classifier, comparison, embedding, evaluation, looks
+from hyperdp_lib import accounting, classifier, embedding, looks
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.classifier import Classifier
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.hypernetwork import features_file, load_pretrained, noisy_count
+from hyperdp_lib.experiments import comparison
+from hyperdp_lib.hypernetwork import noisy_count
+from hyperdp_lib.pretrained import features_file, load_pretrained
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.records import provenance, require_commit, write_atomically
+from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "released_labels.json"
 # private set, how many of its images, and in how many looks
@@ -177,7 +180,7 @@ def main() -> None:
         parser.error("--seeds and --repetitions must be at least 2, for there is no spread of one")
     started = datetime.now(UTC)
     base_model, network = load_pretrained("glyphs-nested")
-    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    scoring = embedding.FeatureNetwork.from_pretrained(features_file())
     public = kept["public"] if kept else drawings(network, options.repetitions)
     rows = [row for row in kept["rows"] if row["looks"] == 1] if kept else []
     asked = [one for one in SETS if one[-1] in options.looks]

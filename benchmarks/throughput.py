@@ -32,9 +32,10 @@ import torch
 from hyperdp_lib import embedding, mechanism
 from hyperdp_lib.data import from_levels
 from hyperdp_lib.diffusion import build_base_model, denoising_loss
-from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained
+from hyperdp_lib.hypernetwork import HyperNetwork
+from hyperdp_lib.pretrained import load_pretrained
+from hyperdp_lib.public.stages import PRESETS, TaskPool, adapted_loss, stream
 from hyperdp_lib.records import provenance, require_commit, write_atomically
-from hyperdp_lib.training import PRESETS, TaskPool, adapted_loss, stream
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "throughput.json"
 

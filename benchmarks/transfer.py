@@ -23,11 +23,11 @@ from torch import Tensor
 from hyperdp_lib import data, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.nested import COORDINATES
+from hyperdp_lib.pretrained import load_pretrained
 from hyperdp_lib.prior import Prior, posterior
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.public.glyphs import GlyphTasks
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "transfer.json"

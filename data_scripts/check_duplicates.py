@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperdp_lib import data, duplicates, glyphs, records
+from hyperdp_lib import data, records
 from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, feature_network
+from hyperdp_lib.public import glyphs
+from hyperdp_lib.scores import duplicates
 
 IMAGES_PER_TASK = 16
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hyperdp_lib.cli import Parser
 from hyperdp_lib.image_files import InputError
-from hyperdp_lib.originals import ORIGINALS, REGISTRY, fetch
+from hyperdp_lib.public.originals import ORIGINALS, REGISTRY, fetch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from PIL import Image, ImageOps
 from hyperdp_lib.cli import Parser
 from hyperdp_lib.data_sets import DATA_SETS
 from hyperdp_lib.image_files import InputError, shown, write_npz
-from hyperdp_lib.originals import ORIGINALS, QUICKDRAW_PREFIXES
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.public.originals import ORIGINALS, QUICKDRAW_PREFIXES
 
 Arrays = dict[str, np.ndarray]
 GREY_SIDE, COLOUR_SIDE = 28, 32  # pixels

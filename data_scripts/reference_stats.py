@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hyperdp_lib import data
 from hyperdp_lib.cli import DEFAULT_FEATURES, Parser, feature_network
-from hyperdp_lib.reference_stats import ReferenceStatistics
+from hyperdp_lib.scores.reference_stats import ReferenceStatistics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

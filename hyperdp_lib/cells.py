@@ -29,7 +29,8 @@ from hyperdp_lib import embedding
 from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.data import InputError
 from hyperdp_lib.mechanism import MAX_COORDINATES
-from hyperdp_lib.nested import CELLS_FILE, COORDINATES, NestedHyperNetwork
+from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+from hyperdp_lib.pretrained import CELLS_FILE
 
 NUMBERS = (1, 4, 16, 64)  # of cells, that a release may have
 # By number of cells: images for each, if all held as many, over the noise on a number; see `cells_for`. A set without

@@ -2,7 +2,7 @@
 
 *Precondition.* Whoever reads private data adds one :class:`~hyperdp_lib.ledger.LedgerEntry` for it.
 *Postcondition.* ``epsilon`` at ``delta`` covers the whole ledger; a release that is not in its own ledger
-prints no epsilon. :func:`verify` recomputes everything from the folder alone.
+prints no epsilon. :func:`hyperdp_lib.verification.verify` recomputes everything from the folder alone.
 """
 
 from __future__ import annotations
@@ -225,13 +225,6 @@ def write_certificate(certificate: Certificate, folder: str | Path) -> Path:
     complete = dataclasses.replace(certificate, artefact_sha256=folder_sha256(path.parent))
     write_atomic(path, complete.to_json().encode())
     return path
-
-
-def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[str]:
-    """Problems of a release folder in plain English, empty if none: see :mod:`hyperdp_lib.verification`."""
-    from hyperdp_lib import verification
-
-    return verification.verify(folder, base_model_sha256=base_model_sha256)
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -73,20 +73,20 @@ def _release(options: argparse.Namespace) -> None:
         _check_output(options.out, options.overwrite or options.dry_run, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
-    from hyperdp_lib import cells, data, hypernetwork, looks, release
+    from hyperdp_lib import cells, data, looks, pretrained, release
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
     from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
     # the images first: what is wrong with them is said before a model is loaded
     private = data.load_named_or_path(
         options.images,
-        *hypernetwork.geometry(options.hypernetwork),
+        *pretrained.geometry(options.hypernetwork),
         labelled=not options.unlabelled,
         class_names=options.classes,
         window=options.window,
         background=options.background,
     )
-    base_model, network = hypernetwork.load_pretrained(options.hypernetwork)
+    base_model, network = pretrained.load_pretrained(options.hypernetwork)
     ledger: tuple[LedgerEntry, ...] = ()
     noise_std = _noise_std(options)
     if options.declared_size is not None:
@@ -184,13 +184,13 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import cells, classifier, data, diffusion, hypernetwork, release
+    from hyperdp_lib import cells, classifier, data, diffusion, pretrained, release
 
     labelled = (options.folder / "classes").is_dir()
     if options.labels == "drawn" and options.hypernetwork is None and release.holds_base(options.folder):
         base_model = release.load_base(options.folder)
     else:
-        base_model, network = hypernetwork.load_pretrained(_weights_of(options))
+        base_model, network = pretrained.load_pretrained(_weights_of(options))
     read = options.labels != "drawn" or (labelled and not options.balanced)
     released = release.load_release(options.folder, base_model) if read else None
     adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
@@ -248,10 +248,10 @@ def _refine(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import hypernetwork, refinement, release
+    from hyperdp_lib import pretrained, refinement, release
 
     config = refinement.RefinementConfig(num_rounds=options.num_rounds, gain=options.gain)
-    base_model, network = hypernetwork.load_pretrained(_weights_of(options))
+    base_model, network = pretrained.load_pretrained(_weights_of(options))
     released = release.load_release(options.folder, base_model)
     refined = refinement.refine_release(
         released,
@@ -287,9 +287,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     real = options.reference if options.private is None else options.private
     _check_input(options.samples)
     _check_input(real)
-    from hyperdp_lib import data, hypernetwork, reference_stats
+    from hyperdp_lib import data, pretrained
+    from hyperdp_lib.scores import reference_stats
 
-    network = feature_network(options.features or str(hypernetwork.features_file(options.hypernetwork)))
+    network = feature_network(options.features or str(pretrained.features_file(options.hypernetwork)))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
     notes = samples.notes
@@ -316,15 +317,15 @@ def _public_alone(options: argparse.Namespace, network: Any, most: int) -> Any:
     """Images of the public base model without an adapter, as many as ``most`` up to a limit; or why there are none."""
     import torch
 
-    from hyperdp_lib import data, diffusion, hypernetwork
+    from hyperdp_lib import data, diffusion, pretrained
 
-    side, channels = hypernetwork.geometry(options.hypernetwork)
+    side, channels = pretrained.geometry(options.hypernetwork)
     if (side, channels) != (network.image_size, network.channels):
         return (
             f"the base model of {options.hypernetwork!r} draws {side} x {side} pixels with {channels} channel(s), not "
             f"what {network.name} reads; name other weights with --hypernetwork"
         )
-    base_model, _ = hypernetwork.load_pretrained(options.hypernetwork)
+    base_model, _ = pretrained.load_pretrained(options.hypernetwork)
     count = min(most, PUBLIC_IMAGES)
     drawn = diffusion.sample(base_model, None, count, generator=torch.Generator().manual_seed(0), progress=True)
     return data.ImageSet(drawn)
@@ -334,7 +335,7 @@ def _ends(
     options: argparse.Namespace, network: Any, most: int, real: dict[str, Any] | str, against: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """Both ends of the scale: what real images score, and what the public model alone does; or why not."""
-    from hyperdp_lib import evaluation
+    from hyperdp_lib.scores import evaluation
 
     def unknown(why: str) -> dict[str, Any]:
         return {**dict.fromkeys(evaluation.SCORES), "reasons": dict.fromkeys(evaluation.SCORES, why)}
@@ -354,7 +355,7 @@ def _ends(
 
 def _research_scores(options: argparse.Namespace, samples: Any, reference: Any, network: Any) -> dict[str, Any]:
     """Every score that can be computed, between its two ends."""
-    from hyperdp_lib import evaluation
+    from hyperdp_lib.scores import evaluation
 
     theirs = evaluation.Side.of("reference images", reference, network)
     scores = evaluation.compare(evaluation.Side.of("samples", samples, network), theirs)
@@ -370,7 +371,7 @@ def _research_scores(options: argparse.Namespace, samples: Any, reference: Any, 
 
 def _statistics_scores(options: argparse.Namespace, samples: Any, kept: Any, network: Any) -> dict[str, Any]:
     """The Fréchet distance to a reference whose images are not there, and its public end."""
-    from hyperdp_lib import evaluation
+    from hyperdp_lib.scores import evaluation
 
     why = f"the reference is statistics of {kept.source} only; give its images"
 
@@ -432,8 +433,8 @@ def _private_score(options: argparse.Namespace, samples: Any, private_set: Any, 
 
     Its ends are public and cost nothing; they are made first, so that nothing is spent if they fail.
     """
-    from hyperdp_lib import private_scores
     from hyperdp_lib.certificate import STAMP
+    from hyperdp_lib.scores import private_scores
     from hyperdp_lib.strict_json import plain
 
     budget: dict[str, Any] = dict(
@@ -489,8 +490,8 @@ def _compare(options: argparse.Namespace) -> None:
         _refuse(f"{str(options.out)!r} is not a folder; choose another --out")
     _check_input(options.private)
     _check_device(options.device)
-    from hyperdp_lib import comparison
-    from hyperdp_lib.baselines.methods import Settings
+    from hyperdp_lib.experiments import comparison
+    from hyperdp_lib.experiments.methods import Settings
 
     settings = None
     if options.settings is not None:
@@ -525,7 +526,7 @@ def _forecast(options: argparse.Namespace) -> None:
     for option in ("num_private", "classes", "num_images"):
         _check_count("--" + option.replace("_", "-"), getattr(options, option))
     _check_device(options.device)
-    from hyperdp_lib import comparison, forecast, tuning
+    from hyperdp_lib.experiments import comparison, forecast, tuning
 
     made = forecast.forecast(
         options.num_private,
@@ -559,7 +560,7 @@ def _forecast(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     _check_device(options.device)
-    from hyperdp_lib import training
+    from hyperdp_lib.public import training
 
     weights = training.train(
         options.preset, device=options.device, out=options.out, resume=not options.restart, seed=options.seed
@@ -570,9 +571,9 @@ def _train(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
         _refuse(f"no such release folder: {str(options.folder)!r}; give the --out folder of hyperdp release")
-    from hyperdp_lib import certificate, verification
+    from hyperdp_lib import verification
 
-    problems = certificate.verify(options.folder)
+    problems = verification.verify(options.folder)
     notes = verification.unknown_models(options.folder)
     if options.json:
         print(json.dumps({"ok": not problems, "problems": problems, "notes": notes}))
@@ -784,18 +785,19 @@ def _weights_of(options: argparse.Namespace) -> str:
 
 def feature_network(name_or_path: str) -> Any:
     """What scores are computed in: the default one, a file's, or MobileNetV2."""
-    from hyperdp_lib import evaluation, mobilenet
+    from hyperdp_lib import embedding
+    from hyperdp_lib.scores import mobilenet
 
     if name_or_path == mobilenet.NAME:
         return mobilenet.MobileNetV2.from_pretrained()
-    return evaluation.FeatureNetwork.from_pretrained(features_file(name_or_path))
+    return embedding.FeatureNetwork.from_pretrained(features_file(name_or_path))
 
 
 def features_file(name_or_path: str) -> Path:
     if name_or_path == DEFAULT_FEATURES:
-        from hyperdp_lib import hypernetwork
+        from hyperdp_lib import pretrained
 
-        return hypernetwork.features_file()
+        return pretrained.features_file()
     return Path(name_or_path)
 
 
@@ -921,7 +923,7 @@ def _parser() -> Parser:
     add("--pair", metavar="NAME", help="of public and private data, for the records; default: from their names")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
-    add("--settings", type=Path, metavar="JSON", help="settings of the methods, as hyperdp_lib.tuning writes them")
+    add("--settings", type=Path, metavar="JSON", help="settings of the methods, as experiments.tuning writes them")
     add("--features", metavar="NAME|PATH", help=_FEATURES_HELP.format("the network that belongs to the weights"))
     add("--jobs", type=int, default=1, help="processes that share the work, one thread each; default: 1")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")

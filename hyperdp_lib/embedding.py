@@ -13,14 +13,20 @@ of those after it: `fair_size` finds out, with public images, and where it is so
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+
+from hyperdp_lib.data import InputError
 
 COUNT_COORDINATE = 0.5
 CHUNK = 128  # images the encoder runs on at a time, where places do not matter; see above
@@ -73,6 +79,84 @@ class Encoder(nn.Module):
         constant = self.config.count_coordinate
         count = torch.full_like(direction[:, :1], constant)
         return torch.cat([count, direction * (1 - constant**2) ** 0.5], 1)
+
+
+class FeatureNetwork(nn.Module):
+    """Small convolutional feature extractor, trained on public images only and shipped with the library.
+
+    No layer looks across the batch (GroupNorm, no BatchNorm, no dropout), so the features of an image do not
+    depend on its neighbours.
+
+    Parameters
+    ----------
+    channels : int
+        Image channels C.
+    image_size : int
+        Height and width H = W in pixels, a multiple of 4.
+    dimension : int
+        Number of features.
+    name : str
+        Printed beside every score made with this network.
+
+    Examples
+    --------
+    >>> network = FeatureNetwork()
+    >>> network(torch.zeros(3, 1, 16, 16)).shape
+    torch.Size([3, 64])
+    >>> network.name
+    'glyphnet'
+    """
+
+    def __init__(
+        self, channels: int = 1, image_size: int = 16, dimension: int = 64, name: str = "glyphnet"
+    ) -> None:
+        super().__init__()
+        if image_size % 4:
+            raise InputError(f"image_size must be a multiple of 4, got {image_size}: resize first.")
+        self.channels, self.image_size, self.dimension, self.name = channels, image_size, dimension, name
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.GroupNorm(8, 128), nn.SiLU(),
+            nn.Flatten(), nn.Linear(128 * (image_size // 4) ** 2, dimension),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features ``(N, dimension)`` of ``images`` ``(N, C, H, W)`` in [-1, 1]."""
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise InputError(
+                f"{self.name} reads images of shape (N, {', '.join(map(str, expected))}), "
+                f"got {tuple(images.shape)}: resize or convert them first."
+            )
+        return self.layers(images)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write weights (half precision by default) and architecture to one safetensors file."""
+        state = self.state_dict()
+        tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
+        shape = {key: getattr(self, key) for key in ("channels", "image_size", "dimension", "name")}
+        # One entry only: safetensors writes several in random order, and the same network should give the same bytes.
+        # Written by us: safetensors makes files that only their owner may read.
+        content = to_safetensors(tensors, metadata={"feature_network": json.dumps(shape)})
+        Path(path).write_bytes(content)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> FeatureNetwork:
+        """Read a file written by `save`; float32, evaluation mode, frozen."""
+        if not Path(path).is_file():
+            raise InputError(f"no feature network at {path}: give the path of a features.safetensors file.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+                network = cls(**json.loads((file.metadata() or {})["feature_network"]))
+            network.load_state_dict(tensors)
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path} is not a feature network ({type(error).__name__}): it was not written by FeatureNetwork.save."
+            ) from error
+        return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()

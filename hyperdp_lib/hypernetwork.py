@@ -7,27 +7,17 @@ trained for. Everything here is post-processing of the release and costs no priv
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from hyperdp_lib.adapter import Adapter, LoraGeometry, lora_geometry
-from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
+from hyperdp_lib.embedding import COUNT_COORDINATE
 
-WEIGHTS = Path(__file__).parent / "weights"
-NON_COMMERCIAL = ("photographs", "photographs-latent")  # in the repository, not in the package
-PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.prior
 # Every Linear layer of the transformer's blocks but the time embedding; `norm1.linear` makes the modulation, so
 # LoRA there acts like conditioning.
 TARGET_MODULES = (
@@ -208,104 +198,3 @@ def simulate_sums(codes: Tensor, sizes: Tensor, noise_std: Tensor, g: torch.Gene
     return sums + noise_std[:, None] * torch.randn(sums.shape, generator=g), noise_std
 
 
-def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetwork, manifest: dict) -> None:
-    """Write base model (diffusers folder), encoder and hypernetwork (safetensors, half precision) and the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    halved: Any = copy.deepcopy(base_model).half()
-    halved.save_pretrained(folder / "base")
-    for name, state in (("encoder", hypernetwork.encoder.state_dict()), ("hypernetwork", hypernetwork.decoder_state())):
-        write_half(folder / f"{name}.safetensors", state)
-    shapes = {"encoder": asdict(hypernetwork.encoder.config), "hypernetwork": asdict(hypernetwork.config)}
-    (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
-
-
-def write_half(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Weights in half precision, as safetensors."""
-    half = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
-    path.write_bytes(to_safetensors(half))
-
-
-def read_half(path: Path) -> dict[str, Tensor]:
-    """Inverse of `write_half`, in float32."""
-    return {key: value.float() for key, value in load_file(str(path)).items()}
-
-
-def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors") -> Path:
-    """The folder of shipped weights called ``name``, or the given folder itself, if it holds the file ``weights``."""
-    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
-        if (folder / "manifest.json").is_file() and (folder / weights).is_file():
-            return folder
-    if str(name_or_path) in NON_COMMERCIAL:
-        raise InputError(
-            f"the weights {str(name_or_path)!r} are for non-commercial research only (ImageNet's terms) and not in the "
-            f"package: take hyperdp_lib/weights/{name_or_path} from the source repository and give that folder."
-        )
-    shipped = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob(f"*/{weights}"))) or "none"
-    raise InputError(
-        f"no {weights.removesuffix('.safetensors')} {str(name_or_path)!r}: shipped are {shipped}, "
-        "or give a folder of trained weights."
-    )
-
-
-def geometry(name_or_path: str | Path) -> tuple[int, int]:
-    """Side in pixels and number of channels of the images that these weights are for, without loading them.
-
-    >>> geometry("glyphs")
-    (16, 1)
-    """
-    folder = foundation(resolve(name_or_path))
-    try:
-        config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
-        return int(config["sample_size"]), int(config["in_channels"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
-
-
-def shipped() -> tuple[str, ...]:
-    """Names of the shipped weights that have a base model of their own, in alphabetical order."""
-    folders = sorted(path.parent for path in WEIGHTS.glob("*/hypernetwork.safetensors"))
-    return tuple(folder.name for folder in folders if (folder / "base").is_dir())
-
-
-def foundation(folder: Path) -> Path:
-    """The folder with the base model and the feature network that weights were made for: their own, or another's."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return WEIGHTS / manifest["builds_on"] if "builds_on" in manifest else folder
-
-
-def features_file(name_or_path: str | Path = "glyphs") -> Path:
-    """Where the feature network is that scores samples of these weights; see `evaluation.FeatureNetwork`."""
-    return foundation(resolve(name_or_path)) / "features.safetensors"
-
-
-def load_pretrained(name_or_path: str | Path = "glyphs", device: str = "cpu") -> tuple[nn.Module, HyperNetwork]:
-    """Base model and hypernetwork, frozen, float32, in evaluation mode.
-
-    >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP
-    """
-    from hyperdp_lib.diffusion import load_base_model
-
-    folder = resolve(name_or_path)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        base_model = load_base_model(foundation(folder) / "base")
-        hypernetwork = _load(folder, base_model, manifest)
-        if (folder / PRIORS_FILE).is_file():
-            hypernetwork.priors = load_file(str(folder / PRIORS_FILE))
-    except (SafetensorError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
-    hypernetwork.base_model_sha256 = tensors_sha256(base_model.state_dict())
-    return base_model.to(device), hypernetwork.to(device).eval().requires_grad_(False)
-
-
-def _load(folder: Path, base_model: nn.Module, manifest: dict) -> HyperNetwork:
-    if manifest.get("kind") == "nested":
-        from hyperdp_lib.nested import load_nested
-
-        return load_nested(folder, base_model, manifest)
-    encoder = Encoder(EncoderConfig(**manifest["encoder"]))
-    encoder.load_state_dict(read_half(folder / "encoder.safetensors"))
-    hypernetwork = HyperNetwork(encoder, base_model, HyperNetworkConfig(**manifest["hypernetwork"]))
-    state = read_half(folder / "hypernetwork.safetensors")
-    hypernetwork.load_state_dict(state | {f"encoder.{k}": v for k, v in encoder.state_dict().items()})
-    return hypernetwork

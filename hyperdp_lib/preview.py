@@ -20,8 +20,8 @@ from hyperdp_lib import accounting
 from hyperdp_lib.artefacts import CERTIFICATE_FILE
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet
-from hyperdp_lib.hypernetwork import geometry, resolve, shipped
 from hyperdp_lib.ledger import gaussian_charge, ledger_epsilon
+from hyperdp_lib.pretrained import geometry, resolve, shipped
 
 LARGE_EPSILON, SMALL_EPSILON = 10.0, 2.0
 UNLIKE = 1.3  # error on private images over that on a model's own samples, from which on they are called unlike

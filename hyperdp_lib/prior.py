@@ -27,7 +27,9 @@ from torch import Tensor
 
 from hyperdp_lib import embedding
 from hyperdp_lib.data import InputError
-from hyperdp_lib.hypernetwork import PRIORS_FILE, noisy_count
+from hyperdp_lib.hypernetwork import noisy_count
+from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
+from hyperdp_lib.pretrained import PRIORS_FILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +101,6 @@ def observed(
 
 def save_priors(folder: Path, network: Any, tasks: Tensor) -> None:
     """Write the priors of weights, one for each number of coordinates, from public tasks (T, M, C, H, W)."""
-    from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
-
     nested = isinstance(network, NestedHyperNetwork)
     sizes = COORDINATES if nested else (network.encoder.config.dimension - 1,)
     fitted = {k: Prior.fit(network.using(k).encoder, tasks) for k in sizes}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hyperdp_lib.originals import ORIGINALS, QUICKDRAW_PREFIXES
+from hyperdp_lib.public.originals import ORIGINALS, QUICKDRAW_PREFIXES
 
 RANDOM = np.random.default_rng(0)
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from hyperdp_lib import ablations
-from hyperdp_lib.ablations import REFERENCE, VARIANTS, run, table
-from hyperdp_lib.baselines.methods import Settings
 from hyperdp_lib.data import InputError
-from hyperdp_lib.training import PRESETS
+from hyperdp_lib.experiments import ablations
+from hyperdp_lib.experiments.ablations import REFERENCE, VARIANTS, run, table
+from hyperdp_lib.experiments.methods import Settings
+from hyperdp_lib.public.stages import PRESETS
 
 MINIATURE = PRESETS["miniature"]
 

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from hyperdp_lib import classifier, comparison, data, diffusion, evaluation
-from hyperdp_lib.baselines import methods
-from hyperdp_lib.hypernetwork import features_file, load_pretrained
+from hyperdp_lib import classifier, data, diffusion, embedding
+from hyperdp_lib.experiments import comparison, methods
+from hyperdp_lib.pretrained import features_file, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def test_labels_of_a_release_are_measured_end_to_end(released_labels):
     private = data.digits("train")
     few = comparison.subset(private, 60, seed=0)
     base_model, network = load_pretrained("glyphs-nested")
-    scoring = evaluation.FeatureNetwork.from_pretrained(features_file())
+    scoring = embedding.FeatureNetwork.from_pretrained(features_file())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(released_labels, "IMAGES", 200)
         patch.setattr(released_labels, "MANY", 200)

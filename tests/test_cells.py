@@ -23,7 +23,7 @@ from hyperdp_lib.cells import (
 )
 from hyperdp_lib.data import InputError, digits
 from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, embed
-from hyperdp_lib.hypernetwork import load_pretrained
+from hyperdp_lib.pretrained import load_pretrained
 from hyperdp_lib.refinement import RefinementConfig, refine
 from hyperdp_lib.release import release
 

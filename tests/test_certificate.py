@@ -350,7 +350,7 @@ def test_wrong_fields(key, value):
 
 def test_an_intact_release_has_no_problems(intact):
     assert verify(intact) == []
-    assert certificates.verify(intact, base_model_sha256=BASE_SHA256) == []
+    assert verify(intact, base_model_sha256=BASE_SHA256) == []
 
 
 @pytest.mark.parametrize("epsilon", [0.25, 8.0])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperdp_lib import claims, evidence
-from hyperdp_lib.evidence import DISTANCE, FAILS, HOLDS, UNDECIDED, Evidence
+from hyperdp_lib.pages import claims, evidence
+from hyperdp_lib.pages.evidence import DISTANCE, FAILS, HOLDS, UNDECIDED, Evidence
 from hyperdp_lib.records import Record, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def test_other_numbers_of_images_count_elsewhere(tmp_path: Path) -> None:
 
 
 def test_the_rule_is_that_of_the_report(tmp_path: Path) -> None:
-    from hyperdp_lib import report
+    from hyperdp_lib.pages import report
 
     for gap in (0.5, 1.5, 3.0):
         save(tmp_path, "dp_deepsets", 1.0, (50.0, 52.0))

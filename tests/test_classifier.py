@@ -6,15 +6,15 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import nn
 
-from hyperdp_lib import classifier, data, embedding, hypernetwork
+from hyperdp_lib import classifier, data, embedding, pretrained
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.classifier import Classifier
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
-from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
 from hyperdp_lib.hypernetwork import noisy_count
 from hyperdp_lib.prior import Prior
+from hyperdp_lib.public.glyphs import GlyphConfig, GlyphTasks
 from hyperdp_lib.release import release
 
 K = 3
@@ -39,7 +39,7 @@ def own_vectors(monkeypatch):
 def network():
     """The shipped weights and a release of digits at epsilon = 1 that was made with them."""
     train = data.digits("train")
-    base_model, found = hypernetwork.load_pretrained("glyphs")
+    base_model, found = pretrained.load_pretrained("glyphs")
     labelled = dict(private_labels=train.labels, class_names=train.class_names)
     return base_model, found, release(train.images, found, epsilon=1.0, seed=0, **labelled)
 
@@ -103,7 +103,7 @@ def test_a_spread_that_cannot_be_inverted_is_refused():
 
 def test_it_is_better_than_the_nearest_released_mean():
     """Held-out public glyphs, ten data sets as classes, a dozen images of each at epsilon = 1: on average."""
-    network = hypernetwork.load_pretrained("glyphs-nested")[1].using(16)
+    network = pretrained.load_pretrained("glyphs-nested")[1].using(16)
     source, gain = GlyphTasks(GlyphConfig(), split="held_out"), []
     for seed in range(20):
         drawn = source.sample_tasks(10, 42, torch.Generator().manual_seed(seed))
@@ -157,4 +157,4 @@ def test_what_cannot_be_told_apart_is_refused(network):
     with pytest.raises(InputError, match="at least two classes"):
         classifier.sample_agreeing(alone, found, base_model, **asked)
     with pytest.raises(InputError, match="this hypernetwork's encoder"):
-        classifier.sample_relabelled(made, hypernetwork.load_pretrained("drawings")[1], base_model, **asked)
+        classifier.sample_relabelled(made, pretrained.load_pretrained("drawings")[1], base_model, **asked)

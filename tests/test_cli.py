@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 import hyperdp_lib
-from hyperdp_lib import cli, data, evaluation
+from hyperdp_lib import cli, data, embedding
 
 RELEASE = ["--epsilon", "1"]
 DIGIT_CLASSES = ["--classes", *map(str, range(10))]
@@ -166,7 +166,8 @@ def weights(tmp_path_factory):
     """A tiny hypernetwork with random heads, so that its adapters do change the base model; and features."""
     from hyperdp_lib.diffusion import BaseModelConfig, build_base_model
     from hyperdp_lib.embedding import Encoder, EncoderConfig
-    from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, save_pretrained
+    from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+    from hyperdp_lib.pretrained import save_pretrained
     from hyperdp_lib.prior import save_priors
 
     folder = tmp_path_factory.mktemp("weights")
@@ -178,7 +179,7 @@ def weights(tmp_path_factory):
     hypernetwork.head_b.weight.data.normal_(std=0.1)
     save_pretrained(folder, base_model, hypernetwork, {"name": "tiny"})
     save_priors(folder, hypernetwork, torch.rand(40, 2, 1, 16, 16))
-    evaluation.FeatureNetwork(name="untrained").save(folder / "features.safetensors")
+    embedding.FeatureNetwork(name="untrained").save(folder / "features.safetensors")
     return str(folder)
 
 
@@ -631,7 +632,7 @@ def test_sample_refuses_another_base_model_and_tampering(releases, refused):
 def feature_file(tmp_path):
     """Features that were never trained: enough to see the scores come out."""
     torch.manual_seed(0)
-    evaluation.FeatureNetwork(name="untrained").save(tmp_path / "features.safetensors")
+    embedding.FeatureNetwork(name="untrained").save(tmp_path / "features.safetensors")
     return str(tmp_path / "features.safetensors")
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from hyperdp_lib import comparison, embedding, evaluation, records, tuning
-from hyperdp_lib.baselines import controls, latent_diffusion, methods
+from hyperdp_lib import embedding, records
+from hyperdp_lib.baselines import controls, latent_diffusion
 from hyperdp_lib.baselines.direct_conditioning import ConditionedDenoiser
 from hyperdp_lib.baselines.dp_embedding_sgd import EmbeddingSGDConfig
 from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig
@@ -19,10 +19,11 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
-from hyperdp_lib.baselines.methods import METHODS, Bench, Settings
 from hyperdp_lib.cells import NUMBERS
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import EncoderConfig
+from hyperdp_lib.experiments import comparison, methods, tuning
+from hyperdp_lib.experiments.methods import METHODS, Bench, Settings
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
 from hyperdp_lib.prior import Prior
@@ -67,11 +68,11 @@ def models():
     network = HyperNetwork(encoder, base, HyperNetworkConfig(hidden=16, head_width=16, num_blocks=1)).eval()
     with torch.no_grad():
         network.head_b.weight.normal_(std=0.1)  # so that what is summed makes a difference
-    return base, network.requires_grad_(False), evaluation.FeatureNetwork(dimension=8).eval()
+    return base, network.requires_grad_(False), embedding.FeatureNetwork(dimension=8).eval()
 
 
 def nested_network(base, network):
-    codes = evaluation.FeatureNetwork(name="codes")
+    codes = embedding.FeatureNetwork(name="codes")
     encoder = NestedEncoder(network.encoder, codes, torch.zeros(79), torch.randn(79, 64))
     made = NestedHyperNetwork(encoder, base, network.config).eval().requires_grad_(False)
     made.table = {0.1: {8: 2.0, 16: 1.0, 32: 3.0, 64: 4.0}}

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from hyperdp_lib import accounting, report
-from hyperdp_lib import comparison_tables as tables
+from hyperdp_lib import accounting
 from hyperdp_lib.certificate import DP_SGD, SEEDED_NOISE, Certificate, gaussian_certificate, ledger_certificate
 from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import GaussianSum
+from hyperdp_lib.pages import comparison_tables as tables
+from hyperdp_lib.pages import report
 from hyperdp_lib.records import Record, load_records
 
 PAIR = report.MAIN_PAIR

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hyperdp_lib import data_cards
 from hyperdp_lib.data_sets import DATA_SETS
-from hyperdp_lib.evaluation import NOT_DP
-from hyperdp_lib.originals import ORIGINALS
+from hyperdp_lib.pages import data_cards
+from hyperdp_lib.public.originals import ORIGINALS
+from hyperdp_lib.scores.evaluation import NOT_DP
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 PAGE = (BOOK / "data_cards.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import reference_stats
 from PIL import Image
 
 from hyperdp_lib import data, data_sets
-from hyperdp_lib.originals import ORIGINALS
+from hyperdp_lib.public.originals import ORIGINALS
 
 REAL = Path(os.environ.get("HYPERDP_DATA", ""))
 needs_real_data = pytest.mark.skipif(

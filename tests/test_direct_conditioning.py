@@ -18,8 +18,9 @@ from hyperdp_lib.baselines import direct_conditioning as dc
 from hyperdp_lib.baselines.direct_conditioning import ConditionedDenoiser, DirectConditioningConfig
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import Encoder, EncoderConfig
-from hyperdp_lib.hypernetwork import WEIGHTS, HyperNetwork, HyperNetworkConfig
-from hyperdp_lib.training import StageConfig
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.pretrained import WEIGHTS
+from hyperdp_lib.public.stages import StageConfig
 
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 K = 8

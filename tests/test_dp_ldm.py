@@ -11,14 +11,14 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from scipy import stats
 
-from hyperdp_lib import artefacts, diffusion, hypernetwork
+from hyperdp_lib import artefacts, diffusion, pretrained
 from hyperdp_lib.baselines import dp_ldm, dp_sgd, latent_diffusion
 from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.latent_diffusion import SMOKE, build_autoencoder, build_denoiser
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK
-from hyperdp_lib.glyphs import GlyphTasks
-from hyperdp_lib.training import StageConfig
+from hyperdp_lib.public.glyphs import GlyphTasks
+from hyperdp_lib.public.stages import StageConfig
 
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 SCALE = 0.7
@@ -490,7 +490,7 @@ def test_clusters_are_means_of_the_tasks_nearest_to_them():
 
 @pytest.mark.parametrize("name", latent_diffusion.PRESETS)
 def test_shipped_models_are_those_of_their_manifest_and_redraw_a_stroke(name):
-    folder = hypernetwork.WEIGHTS / f"{name}-latent"
+    folder = pretrained.WEIGHTS / f"{name}-latent"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = artefacts.folder_sha256(folder)
     assert {k: v for k, v in files.items() if "/" in k} == manifest["sha256"]

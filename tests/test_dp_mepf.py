@@ -12,8 +12,7 @@ from hyperdp_lib import mechanism
 from hyperdp_lib.baselines import dp_mepf
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig, Moments, PerceptualFeatures
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, FeatureNetwork
 
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 SHAPE = (1, 16, 16)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import drawings
-from hyperdp_lib.drawings import FEWEST, TURNS, DrawingConfig, DrawingTasks, shapes_of, turn
-from hyperdp_lib.hypernetwork import load_pretrained
 from hyperdp_lib.image_files import InputError
 from hyperdp_lib.nested import NestedHyperNetwork
-from hyperdp_lib.training import public_source, train
+from hyperdp_lib.pretrained import load_pretrained
+from hyperdp_lib.public import drawings
+from hyperdp_lib.public.drawings import FEWEST, TURNS, DrawingConfig, DrawingTasks, shapes_of, turn
+from hyperdp_lib.public.training import public_source, train
 
 
 def doodle(kind: int, rng: np.random.Generator) -> np.ndarray:

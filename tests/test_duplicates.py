@@ -6,10 +6,11 @@ import check_duplicates
 import pytest
 import torch
 
-from hyperdp_lib import duplicates
 from hyperdp_lib.data import ImageSet, InputError, digits, save_npz
-from hyperdp_lib.evaluation import NOT_DP, FeatureNetwork
+from hyperdp_lib.embedding import FeatureNetwork
 from hyperdp_lib.image_files import decode
+from hyperdp_lib.scores import duplicates
+from hyperdp_lib.scores.evaluation import NOT_DP
 
 
 @pytest.fixture(scope="module")

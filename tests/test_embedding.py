@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import embedding, hypernetwork
+from hyperdp_lib import embedding, pretrained
 from hyperdp_lib.auditing.pipeline import miniature
 from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, Encoder, EncoderConfig, embed, embed_batches
 
@@ -65,7 +65,7 @@ def threads():
 def test_shipped_encoders_do_so_with_any_number_of_threads(name, count, threads):
     """With 3 or 12 threads a matrix product rounds differently in some places of a batch, on many processors."""
     threads(count)
-    encoder = hypernetwork.load_pretrained(name)[1].encoder
+    encoder = pretrained.load_pretrained(name)[1].encoder
     config = encoder.config
     shape = (CHUNK + 2, config.channels, config.image_size, config.image_size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1

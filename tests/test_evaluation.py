@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from hyperdp_lib import evaluation
+from hyperdp_lib import embedding
 from hyperdp_lib.data import InputError
+from hyperdp_lib.scores import evaluation
 
 RNG = np.random.default_rng(0)
 
@@ -30,7 +31,7 @@ def test_frechet_distance_agrees_with_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     torch.manual_seed(0)
-    network = evaluation.FeatureNetwork(dimension=16)
+    network = embedding.FeatureNetwork(dimension=16)
     a, b = torch.rand(80, 1, 16, 16) * 2 - 1, torch.rand(90, 1, 16, 16) ** 2 * 2 - 1
     extractor = copy.deepcopy(network)
     extractor.num_features = 16
@@ -144,7 +145,7 @@ def test_memorisation_sees_copies_and_ignores_set_size():
 
 def test_evaluate_labels_every_score():
     torch.manual_seed(0)
-    network = evaluation.FeatureNetwork(dimension=8)
+    network = embedding.FeatureNetwork(dimension=8)
     samples, labels = halves(60, 1)
     train, train_labels = halves(64, 2)
     test, test_labels = halves(30, 3)
@@ -158,14 +159,14 @@ def test_evaluate_labels_every_score():
 
 def test_feature_network_is_small_reads_one_image_at_a_time_and_round_trips(tmp_path):
     torch.manual_seed(0)
-    network = evaluation.FeatureNetwork()
+    network = embedding.FeatureNetwork()
     assert sum(p.numel() for p in network.parameters()) < 300_000
     images, _ = halves(12, 4)
     together = evaluation.features(network, images)
     alone = np.concatenate([evaluation.features(network, images[i : i + 1]) for i in range(12)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
     network.save(tmp_path / "features.safetensors", dtype=torch.float32)
-    again = evaluation.FeatureNetwork.from_pretrained(tmp_path / "features.safetensors")
+    again = embedding.FeatureNetwork.from_pretrained(tmp_path / "features.safetensors")
     assert again.name == "glyphnet" and not again.training
     np.testing.assert_array_equal(evaluation.features(again, images), together)
     network.save(tmp_path / "half.safetensors")
@@ -174,13 +175,13 @@ def test_feature_network_is_small_reads_one_image_at_a_time_and_round_trips(tmp_
     (tmp_path / "ordinary").touch()
     assert half.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # others may read what is shipped
     with pytest.raises(InputError, match="no feature network"):
-        evaluation.FeatureNetwork.from_pretrained(tmp_path / "absent.safetensors")
+        embedding.FeatureNetwork.from_pretrained(tmp_path / "absent.safetensors")
     with pytest.raises(InputError, match="resize"):
         network(torch.zeros(2, 3, 16, 16))
 
 
 def test_bytes_and_nan_are_refused():
-    network = evaluation.FeatureNetwork()
+    network = embedding.FeatureNetwork()
     with pytest.raises(InputError, match="to_model_range"):
         evaluation.features(network, torch.full((4, 1, 16, 16), 255.0))
     with pytest.raises(InputError, match="NaN"):

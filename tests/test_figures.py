@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from hyperdp_lib import figures
+from hyperdp_lib.pages import figures
 from hyperdp_lib.records import Record, load_records
 
 

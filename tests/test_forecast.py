@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperdp_lib import cli, forecast, tuning
-from hyperdp_lib.baselines import methods
-from hyperdp_lib.baselines.methods import Bench, Outcome, Settings
+from hyperdp_lib import cli
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.evaluation import FeatureNetwork
-from hyperdp_lib.forecast import num_rehearsals, prediction_interval
+from hyperdp_lib.embedding import FeatureNetwork
+from hyperdp_lib.experiments import forecast, methods, tuning
+from hyperdp_lib.experiments.forecast import num_rehearsals, prediction_interval
+from hyperdp_lib.experiments.methods import Bench, Outcome, Settings
 
 
 class Tasks:

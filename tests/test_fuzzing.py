@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from hyperdp_lib import certificate, cli, data, hypernetwork, image_files, release
+from hyperdp_lib import cli, data, image_files, pretrained, release, verification
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
-from hyperdp_lib.baselines.methods import Settings
 from hyperdp_lib.data import InputError
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import FeatureNetwork
+from hyperdp_lib.experiments.methods import Settings
 
 # ---- what must not happen ------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ def mutated_json(draw, original):
 
 # ---- what is done with them ------------------------------------------------------------------------------------
 
-BASE, _NETWORK = hypernetwork.load_pretrained()
+BASE, _NETWORK = pretrained.load_pretrained()
 GOOD_SETTINGS = Settings().with_config("dp_lora", 1.0, DPLoraConfig()).to_json().encode()
 
 
@@ -201,7 +201,7 @@ def read_npz(folder):
     """By the library, and by a whole command as far as the release itself."""
     asked = ["release", str(folder / "x.npz"), "--epsilon", "1", "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
-        patch.setattr(hypernetwork, "load_pretrained", lambda name: (BASE, _NETWORK))
+        patch.setattr(pretrained, "load_pretrained", lambda name: (BASE, _NETWORK))
         patch.setattr(release, "release", lambda *args, **kwargs: cli._refuse("good images"))
         assert cli.main(asked) == 2
     assert all(line.startswith("hyperdp: ") for line in printed.getvalue().splitlines())
@@ -210,7 +210,7 @@ def read_npz(folder):
 
 
 def read_release(folder):
-    problems = certificate.verify(folder / "release")
+    problems = verification.verify(folder / "release")
     assert all(isinstance(one, str) for one in problems)
     again = release.load_release(folder / "release", BASE)  # no InputError from here on
     unchanged = again.certificate.to_json() == (folder / "certificate.json").read_text()
@@ -304,12 +304,12 @@ MODEL_FILES = ["manifest.json", "encoder.safetensors", "hypernetwork.safetensors
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_damaged_public_models_are_input_errors(tmp_path, name):
-    shutil.copytree(hypernetwork.WEIGHTS / "glyphs", tmp_path / "models")
+    shutil.copytree(pretrained.WEIGHTS / "glyphs", tmp_path / "models")
     original = (tmp_path / "models" / name).read_bytes()
     for content in (b"", b"{}", b"[" * 10**5, original[:100], original[:-100], original.replace(b"32", b"33")):
         (tmp_path / "models" / name).write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
-            hypernetwork.load_pretrained(tmp_path / "models")
+            pretrained.load_pretrained(tmp_path / "models")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 10**5, b"[]", b'{"num_images": "many", "configs": {}}'])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks, cached_fields, is_lookalike, is_number, load_shapes
+from hyperdp_lib.public.glyphs import GlyphConfig, GlyphTasks, cached_fields, is_lookalike, is_number, load_shapes
 
 SMALL = GlyphConfig(num_strokes=20)
 
@@ -122,7 +122,7 @@ def test_shapes_are_made_once_and_kept_where_the_user_keeps_caches(made, monkeyp
         file.write_bytes(damaged)
         value, calls = made()
         assert value == calls and made() == (value, calls)
-    monkeypatch.setattr("hyperdp_lib.glyphs.metadata.version", lambda name: "another")
+    monkeypatch.setattr("hyperdp_lib.public.glyphs.metadata.version", lambda name: "another")
     assert made()[1] == 5  # other libraries, other shapes
     monkeypatch.setenv("HYPERDP_CACHE", str(tmp_path / "own"))
     made()
@@ -137,7 +137,7 @@ def test_shapes_are_made_without_a_place_for_them(made, monkeypatch, tmp_path):
 
 def test_two_processes_make_shapes_once(tmp_path):
     code = (
-        "import sys, time; import numpy as np; from hyperdp_lib.glyphs import cached_fields\n"
+        "import sys, time; import numpy as np; from hyperdp_lib.public.glyphs import cached_fields\n"
         "def make():\n"
         "    print('made'); time.sleep(2); return np.zeros((1, 2, 40, 40), np.int8), ['a']\n"
         "cached_fields(('test',), make)"

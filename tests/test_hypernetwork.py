@@ -9,16 +9,8 @@ from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, predict
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig
-from hyperdp_lib.hypernetwork import (
-    LARGEST_SET,
-    LEAST_NOISE,
-    HyperNetwork,
-    HyperNetworkConfig,
-    load_pretrained,
-    resolve,
-    save_pretrained,
-    summary,
-)
+from hyperdp_lib.hypernetwork import LARGEST_SET, LEAST_NOISE, HyperNetwork, HyperNetworkConfig, summary
+from hyperdp_lib.pretrained import load_pretrained, resolve, save_pretrained
 
 TINY = HyperNetworkConfig(hidden=16, head_width=8, num_blocks=1)
 

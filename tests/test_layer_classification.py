@@ -11,13 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
-from hyperdp_lib import evaluation
 from hyperdp_lib.baselines import dp_sgd, dp_training, layer_classification, layer_grid
 from hyperdp_lib.baselines.layer_classification import SUBSETS, LayerClassificationConfig
 from hyperdp_lib.baselines.layer_grid import Grid, Results
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.evaluation import FeatureNetwork
-from hyperdp_lib.glyphs import GlyphTasks
+from hyperdp_lib.embedding import FeatureNetwork
+from hyperdp_lib.public.glyphs import GlyphTasks
+from hyperdp_lib.scores import evaluation
 
 NAMES = ("a", "b", "c")
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -258,7 +258,7 @@ def test_the_summary_says_which_subsets_cannot_be_told_apart():
 def test_the_command_line_refuses_what_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HYPERDP_DATA", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        layer_classification.main(["--out", str(tmp_path), "--private", "mnist"])
+        layer_grid.main(["--out", str(tmp_path), "--private", "mnist"])
     assert stopped.value.code == 2 and "HYPERDP_DATA" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

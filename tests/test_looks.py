@@ -18,7 +18,6 @@ from hyperdp_lib import accounting, looks, mechanism
 from hyperdp_lib.auditing import bounds, checks
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
-from hyperdp_lib.certificate import verify
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
@@ -26,6 +25,7 @@ from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
 from hyperdp_lib.prior import Prior
 from hyperdp_lib.release import load_release, release, save_release
+from hyperdp_lib.verification import verify
 
 K = 15  # coordinates of the tiny encoder, without the count
 COUNT = 0.5
@@ -340,8 +340,8 @@ def test_a_pooled_count_lies_between_its_sources_and_is_at_least_one(declared, n
 
 def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
     """On 20 held-out public shapes, with noise from seeds: the root mean square error falls by a quarter at least."""
-    from hyperdp_lib.glyphs import GlyphTasks
-    from hyperdp_lib.hypernetwork import load_pretrained
+    from hyperdp_lib.pretrained import load_pretrained
+    from hyperdp_lib.public.glyphs import GlyphTasks
 
     network = load_pretrained("glyphs-nested")[1].using(64)
     tasks = GlyphTasks(split="held_out", progress=False).sample_tasks(20, 128, torch.Generator().manual_seed(0))

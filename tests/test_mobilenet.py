@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import data, data_sets, evaluation, mobilenet
+from hyperdp_lib import data, data_sets
 from hyperdp_lib.cli import feature_network
 from hyperdp_lib.data import InputError
-from hyperdp_lib.mobilenet import FILE, MobileNetV2
+from hyperdp_lib.scores import evaluation, mobilenet
+from hyperdp_lib.scores.mobilenet import FILE, MobileNetV2
 
 HERE = Path(os.environ.get("HYPERDP_DATA") or os.devnull)
 # Tiny-ImageNet's name of some classes -> their number among the 1,000 of ImageNet

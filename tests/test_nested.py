@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import hypernetwork, nested
+from hyperdp_lib import pretrained
 from hyperdp_lib.data import InputError
-from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, embed
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, FeatureNetwork, embed
 from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.nested import (
     COORDINATES,
     COUNT_COORDINATE,
-    LEADING,
-    Blocks,
     NestedEncoder,
     NestedHyperNetwork,
 )
+from hyperdp_lib.public import nested as training
 from hyperdp_lib.release import release
 
 
@@ -33,9 +31,9 @@ def tasks():
 def network(plain, base_model, tasks):
     torch.manual_seed(3)
     features = FeatureNetwork(name="codes").eval()
-    encoder = NestedEncoder(plain.encoder, features, *nested.directions(plain.encoder, features, tasks))
+    encoder = NestedEncoder(plain.encoder, features, *training.directions(plain.encoder, features, tasks))
     made = NestedHyperNetwork(encoder, base_model, plain.config).eval()
-    nested.warm_start(made, plain, tasks)
+    training.warm_start(made, plain, tasks)
     made.table = {0.3: {8: 0.1, 16: 0.2, 32: 0.3, 64: 0.4}, 0.003: {8: 0.4, 16: 0.3, 32: 0.2, 64: 0.1}}
     return made
 
@@ -158,60 +156,17 @@ def test_noise_is_what_the_release_says(network):
 
 
 def test_training_runs_and_its_weights_load(tmp_path):
-    folder = nested.train_on_glyphs(tmp_path / "nested", smoke=True)
-    shipped = {path.name for path in hypernetwork.resolve("glyphs-nested").iterdir()}
+    folder = training.train_on_glyphs(tmp_path / "nested", smoke=True)
+    shipped = {path.name for path in pretrained.resolve("glyphs-nested").iterdir()}
     assert {path.name for path in folder.iterdir()} == shipped
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["steps"] == 4 and set(manifest["table"]) == {"0.5"}
-    base_model, network = hypernetwork.load_pretrained(folder)
+    base_model, network = pretrained.load_pretrained(folder)
     assert isinstance(network, NestedHyperNetwork)
     assert len(network.centroids) == 12 and len(network.priors) == 12
-    again = nested.train_on_glyphs(tmp_path / "nested", smoke=True)  # nothing left to do
+    again = training.train_on_glyphs(tmp_path / "nested", smoke=True)  # nothing left to do
     with pytest.raises(InputError, match="another preset or seed"):
-        nested.train_on_glyphs(tmp_path / "nested", smoke=True, seed=1)
+        training.train_on_glyphs(tmp_path / "nested", smoke=True, seed=1)
     assert json.loads((again / "manifest.json").read_text())["encoder_sha256"] == manifest["encoder_sha256"]
     released = release(torch.rand(20, 1, 16, 16) * 2 - 1, network.fitting(3.73, 20), epsilon=1.0, seed=0)
     assert released.noisy_sum.shape[1] - 1 in COORDINATES
-
-
-@pytest.fixture(scope="module")
-def rich(network, tasks):
-    return nested.richer(network.encoder, tasks, Blocks(moments=0.5, votes=0.5))
-
-
-def test_further_blocks_share_one_norm(rich):
-    """One clip for the mean, the moments and the votes together: whatever the blocks, an image has norm one."""
-    codes = embed(rich, torch.rand(50, 1, 16, 16) * 2 - 1)
-    assert torch.allclose(codes.norm(dim=1), torch.ones(50), atol=1e-5)
-    assert torch.all(codes[:, 0] == COUNT_COORDINATE)
-
-
-def test_no_further_blocks_change_nothing_but_the_axes(network, tasks):
-    """With both shares 0 the coordinates are turned at most: distances between images stay."""
-    same = nested.richer(network.encoder, tasks, Blocks())
-    images = tasks[:20, 0]
-    before = network.encoder.everything(images)[:, 1:] - network.encoder.everything(tasks.flatten(0, 1))[:, 1:].mean(0)
-    scale = torch.pdist(before) / torch.pdist(same.everything(images)[:, 1:])
-    assert torch.allclose(scale, scale[:1], rtol=1e-3)
-
-
-def test_moments_tell_sets_of_one_mean_apart():
-    """Half of a set here and half opposite: the mean is zero whichever the axis, the second moments are not."""
-    one, other = torch.eye(64)[0], torch.eye(64)[1]
-    prototypes = torch.eye(64)
-    sets = [torch.stack([axis, -axis]) for axis in (one, other)]
-    means = [nested.further(codes, prototypes).mean(0) for codes in sets]
-    assert torch.equal(means[0][:64], means[1][:64])
-    pairs = LEADING * (LEADING + 1) // 2
-    assert (means[0][64 : 64 + pairs] - means[1][64 : 64 + pairs]).norm() > 1
-
-
-def test_votes_are_shares(rich):
-    votes = nested.further(torch.randn(30, 64), rich.prototypes)[:, -len(rich.prototypes) :]
-    assert torch.all(votes >= 0) and torch.allclose(votes.sum(1), torch.ones(30), atol=1e-5)
-
-
-@pytest.mark.parametrize("shares", [{"moments": -0.1}, {"votes": -1.0}])
-def test_negative_shares_are_refused(shares):
-    with pytest.raises(InputError, match="at least 0"):
-        Blocks(**shares)

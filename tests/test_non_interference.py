@@ -7,16 +7,16 @@ the folder, the screen, the errors, and of what else calls the mechanism.
 import pytest
 import torch
 
-from hyperdp_lib import private_scores
 from hyperdp_lib.auditing import checks
 from hyperdp_lib.auditing.pipeline import miniature
 from hyperdp_lib.baselines import controls, dp_mepf
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import FeatureNetwork
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR
 from hyperdp_lib.refinement import RefinementConfig, refine_release
 from hyperdp_lib.release import release, save_release
+from hyperdp_lib.scores import private_scores
 
 MODES = {name: (network, asked) for name, network, asked in checks.modes()}
 SHORT = RefinementConfig(num_rounds=1, images_per_class=4, sampling_steps=1)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.notebook import build_book, incomplete_pages, refresh, require_known_parameters, results_folder
+from hyperdp_lib.pages.notebook import build_book, incomplete_pages, refresh, require_known_parameters, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -190,7 +190,7 @@ def test_a_failed_build_does_not_decide_the_next(small_book: Path, monkeypatch: 
         patch.setattr("subprocess.run", None)
         assert build_book(small_book) == []
     # another package is installed: nothing computed with the old ones stays
-    monkeypatch.setattr("hyperdp_lib.notebook.metadata.distributions", lambda: [])
+    monkeypatch.setattr("hyperdp_lib.pages.notebook.metadata.distributions", lambda: [])
     run.write_text("print('computed', 'anew')")
     assert build_book(small_book) == []
     assert "computed anew" in page(small_book, "notebooks/runs").read_text()
@@ -229,7 +229,7 @@ def test_nothing_of_the_users_is_read_or_written(tmp_path: Path) -> None:
     script.write_text(
         "import matplotlib, matplotlib.font_manager, numpy\n"
         "from pathlib import Path\n"
-        "from hyperdp_lib.glyphs import cache_folder, cached_fields\n"
+        "from hyperdp_lib.public.glyphs import cache_folder, cached_fields\n"
         "def test_it():\n"
         "    cached_fields(('test',), lambda: (numpy.zeros(1), ['a']))\n"
         f"    assert Path({str(home)!r}) not in cache_folder().parents and list(cache_folder().glob('*.npz'))\n"

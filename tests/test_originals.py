@@ -8,9 +8,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import download
 import pytest
 
-from hyperdp_lib import data_sets, originals
+from hyperdp_lib import data_sets
 from hyperdp_lib.data import InputError
-from hyperdp_lib.originals import ORIGINALS, Original, fetch
+from hyperdp_lib.public import originals
+from hyperdp_lib.public.originals import ORIGINALS, Original, fetch
 
 
 class Quiet(SimpleHTTPRequestHandler):

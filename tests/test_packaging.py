@@ -106,7 +106,7 @@ def free(path: Path) -> bool:
 
 
 def test_weights_say_their_licence_and_the_non_commercial_ones_are_not_packed(monkeypatch, tmp_path) -> None:
-    from hyperdp_lib import data, hypernetwork
+    from hyperdp_lib import data, pretrained
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     package = ROOT / "hyperdp_lib"
@@ -115,10 +115,10 @@ def test_weights_say_their_licence_and_the_non_commercial_ones_are_not_packed(mo
     assert out == {path for path in (package / "weights").rglob("*") if path.is_file() and not free(path)}
     for folder in (package / "weights").iterdir():
         (line,) = re.findall(r"^- \*\*Licence\.\*\*.*", (folder / "README.md").read_text(encoding="utf-8"), re.M)
-        assert ("non-commercial" in line) == (folder.name in hypernetwork.NON_COMMERCIAL)
-    monkeypatch.setattr(hypernetwork, "WEIGHTS", tmp_path)
+        assert ("non-commercial" in line) == (folder.name in pretrained.NON_COMMERCIAL)
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
     with pytest.raises(data.InputError, match="non-commercial .* source repository"):
-        hypernetwork.resolve("photographs")
+        pretrained.resolve("photographs")
 
 
 @pytest.mark.slow

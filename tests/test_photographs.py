@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperdp_lib import comparison, data, evaluation, photographs, training
+from hyperdp_lib import data, embedding
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained
+from hyperdp_lib.experiments import comparison
+from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.nested import NestedHyperNetwork
-from hyperdp_lib.photographs import COLOURS, DUPLICATES, OVERLAPPING, PhotographConfig, PhotographTasks, overlaps
-from hyperdp_lib.training import PRESETS, StageConfig, train
+from hyperdp_lib.pretrained import load_pretrained
+from hyperdp_lib.public import photographs, training
+from hyperdp_lib.public.photographs import COLOURS, DUPLICATES, OVERLAPPING, PhotographConfig, PhotographTasks, overlaps
+from hyperdp_lib.public.stages import PRESETS, StageConfig
+from hyperdp_lib.public.training import train
 
 NAMES = ("goose", "lion, king of beasts", *(f"thing {number}, whatsit" for number in range(40)))
 PER_CLASS = 20
@@ -216,5 +220,5 @@ def test_the_miniature_trains_from_nothing_and_is_compared_in_colour(tmp_path):
         comparison.compare(
             tuple(private), methods=["dp_deepsets"], epsilons=[1.0], seeds=[0], exact=True, num_private=128,
             hypernetwork=str(weights), settings=settings, out=tmp_path / "records", pair="photographs-a",
-            feature_network=evaluation.FeatureNetwork(3, name="another"),
+            feature_network=embedding.FeatureNetwork(3, name="another"),
         )  # fmt: skip

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from hyperdp_lib import hypernetwork, training
+from hyperdp_lib import pretrained
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.prior import Prior, posterior
+from hyperdp_lib.public import training
 
 K, COUNT = 5, 0.5
 
@@ -72,14 +73,14 @@ def test_the_prior_is_estimated_without_the_spread_of_images():
 @pytest.mark.parametrize("coordinates", [8, 64])
 def test_the_shipped_prior_is_that_of_public_tasks_and_training_makes_it(coordinates, tmp_path):
     """Of fewer and other tasks, so nearly."""
-    folder = shutil.copytree(hypernetwork.resolve("glyphs-nested"), tmp_path / "weights")
-    (folder / hypernetwork.PRIORS_FILE).unlink()
-    network = hypernetwork.load_pretrained(folder)[1].using(coordinates)
+    folder = shutil.copytree(pretrained.resolve("glyphs-nested"), tmp_path / "weights")
+    (folder / pretrained.PRIORS_FILE).unlink()
+    network = pretrained.load_pretrained(folder)[1].using(coordinates)
     with pytest.raises(InputError, match="add_public_tables makes it"):
         Prior.shipped(network)
     training.add_public_tables(folder, training.public_source("glyphs-nested").tasks(), num_tasks=300)
-    made = Prior.shipped(hypernetwork.load_pretrained(folder)[1].using(coordinates))
-    shipped = Prior.shipped(hypernetwork.load_pretrained("glyphs-nested")[1].using(coordinates))
+    made = Prior.shipped(pretrained.load_pretrained(folder)[1].using(coordinates))
+    shipped = Prior.shipped(pretrained.load_pretrained("glyphs-nested")[1].using(coordinates))
     assert float((made.mean - shipped.mean).norm()) < 0.1
     for part in ("between", "within"):
         mine, theirs = getattr(made, part), getattr(shipped, part)

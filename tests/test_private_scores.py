@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from hyperdp_lib import accounting, certificate, evaluation, private_scores
+from hyperdp_lib import accounting, certificate, embedding
 from hyperdp_lib.data import InputError
 from hyperdp_lib.ledger import gaussian_charge, ledger_epsilon
-from hyperdp_lib.private_scores import private_accuracy, private_frechet_distance
+from hyperdp_lib.scores import evaluation, private_scores
+from hyperdp_lib.scores.private_scores import private_accuracy, private_frechet_distance
 
 with torch.random.fork_rng():
     torch.manual_seed(0)
-    NETWORK = evaluation.FeatureNetwork(dimension=8).eval()  # untrained
+    NETWORK = embedding.FeatureNetwork(dimension=8).eval()  # untrained
 HUGE = 1e6  # a budget at which there is next to no noise
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperdp_lib import glyphs, progress
+from hyperdp_lib import progress
 from hyperdp_lib.data import load_named_or_path
 from hyperdp_lib.diffusion import sample
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.public import glyphs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -75,7 +75,7 @@ def test_links_and_files_exist() -> None:
 
 
 def test_results_table_is_what_the_records_say() -> None:
-    from hyperdp_lib import report
+    from hyperdp_lib.pages import report
 
     folder = ROOT / "book" / "results"
     if not folder.is_dir():

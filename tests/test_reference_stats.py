@@ -7,8 +7,9 @@ import pytest
 import reference_stats
 import torch
 
-from hyperdp_lib import cli, data, evaluation
-from hyperdp_lib.reference_stats import ReferenceStatistics, holds_statistics
+from hyperdp_lib import cli, data, embedding
+from hyperdp_lib.scores import evaluation
+from hyperdp_lib.scores.reference_stats import ReferenceStatistics, holds_statistics
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_a_file_scores_as_the_images_do(few, tmp_path, capsys, monkeypatch):
 
 def test_statistics_of_another_network_are_refused(few):
     torch.manual_seed(0)
-    ours, other = evaluation.FeatureNetwork(dimension=8), evaluation.FeatureNetwork(dimension=8)
+    ours, other = embedding.FeatureNetwork(dimension=8), embedding.FeatureNetwork(dimension=8)
     reference = ReferenceStatistics.of(few[1].images, ours, "digits")
     assert reference.frechet_distance(few[0], ours) > 0
     with pytest.raises(data.InputError, match="another feature network"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperdp_lib import diffusion, embedding, hypernetwork, refinement
+from hyperdp_lib import diffusion, embedding, pretrained, refinement
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.refinement import RefinementConfig, refine
@@ -145,9 +145,9 @@ def test_bad_requests_are_refused(world):
 
 def test_it_closes_the_gap_of_the_shipped_weights():
     """Two public characters, no noise: after six rounds the samples' means lie nearer to the released ones."""
-    from hyperdp_lib.glyphs import GlyphConfig, GlyphTasks
+    from hyperdp_lib.public.glyphs import GlyphConfig, GlyphTasks
 
-    base_model, network = hypernetwork.load_pretrained("glyphs")
+    base_model, network = pretrained.load_pretrained("glyphs")
     tasks = GlyphTasks(GlyphConfig(), split="held_out").sample_tasks(4, 100, torch.Generator().manual_seed(3))
     codes = embedding.embed(network.encoder, tasks.flatten(0, 1)).view(4, 100, -1)
     names = tuple("abcd")

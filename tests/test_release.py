@@ -15,12 +15,13 @@ import torch
 
 from hyperdp_lib import data
 from hyperdp_lib.artefacts import tensors_sha256
-from hyperdp_lib.certificate import STAMP, verify, write_certificate
+from hyperdp_lib.certificate import STAMP, write_certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, sample
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed
-from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig, load_pretrained, save_pretrained
+from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.ledger import CLASS_NAMES, LedgerEntry, declaration, gaussian_charge
+from hyperdp_lib.pretrained import load_pretrained, save_pretrained
 from hyperdp_lib.release import (
     Release,
     class_names_of,
@@ -31,6 +32,7 @@ from hyperdp_lib.release import (
     release,
     save_release,
 )
+from hyperdp_lib.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperdp_lib import figures, report
 from hyperdp_lib.data import InputError
+from hyperdp_lib.pages import figures, report
 from hyperdp_lib.records import Record, load_records
 
 PAIR = report.MAIN_PAIR
@@ -149,14 +149,14 @@ def test_training_table_reads_the_manifest() -> None:
 
 
 def test_shipped_manifest_makes_a_table() -> None:
-    from hyperdp_lib.hypernetwork import resolve
+    from hyperdp_lib.pretrained import resolve
 
     manifest = json.loads((resolve("glyphs") / "manifest.json").read_text(encoding="utf-8"))
     assert report.training_table(manifest)
 
 
 def test_every_method_has_a_label_and_a_colour_of_its_own() -> None:
-    from hyperdp_lib.baselines.methods import METHODS
+    from hyperdp_lib.experiments.methods import METHODS
 
     assert set(METHODS) <= set(report.METHOD_LABELS) == set(figures.METHOD_COLOURS)
     colours = [tuple(round(part, 2) for part in colour) for colour in figures.METHOD_COLOURS.values()]

@@ -19,9 +19,10 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
-from hyperdp_lib import cli, comparison, records, sweep
-from hyperdp_lib.baselines.methods import METHODS
+from hyperdp_lib import cli, records
 from hyperdp_lib.data import ImageSet, InputError, save_npz
+from hyperdp_lib.experiments import comparison, sweep
+from hyperdp_lib.experiments.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = yaml.safe_load((ROOT / "workflow" / "config.yaml").read_text(encoding="utf-8"))

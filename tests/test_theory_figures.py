@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from hyperdp_lib.data import InputError
-from hyperdp_lib.figures import house_style
-from hyperdp_lib.theory import bounds, deepsets, dots, figures, tables, verdicts
+from hyperdp_lib.pages import theory_dots as dots
+from hyperdp_lib.pages import theory_figures as figures
+from hyperdp_lib.pages import theory_tables as tables
+from hyperdp_lib.pages import theory_verdicts as verdicts
+from hyperdp_lib.pages.figures import house_style
+from hyperdp_lib.pages.theory_slider import slider
+from hyperdp_lib.theory import bounds, deepsets
 from hyperdp_lib.theory.setting import LinearSetting, gdp_mu
-from hyperdp_lib.theory.slider import slider
 
 MU = 0.2681  # epsilon 1 at delta 1e-5
 EPSILONS = [0.5, 1.0, 2.0]

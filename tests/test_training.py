@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hyperdp_lib import comparison, tuning
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder
-from hyperdp_lib.evaluation import FeatureNetwork
-from hyperdp_lib.hypernetwork import load_pretrained, simulate_sums
-from hyperdp_lib.training import PRESETS, STAGES, Loop, StageConfig, TaskPool, embedded, public_source, train
+from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, FeatureNetwork
+from hyperdp_lib.experiments import comparison, tuning
+from hyperdp_lib.hypernetwork import simulate_sums
+from hyperdp_lib.pretrained import load_pretrained
+from hyperdp_lib.public.stages import PRESETS, STAGES, Loop, StageConfig, TaskPool, embedded
+from hyperdp_lib.public.training import public_source, train
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,8 @@ from pathlib import Path
 
 import torch
 
-from hyperdp_lib import training
-from hyperdp_lib.training import Loop, StageConfig
+from hyperdp_lib.public import training
+from hyperdp_lib.public.training import Loop, StageConfig
 
 torch.set_num_threads(1)
 training._join("cpu")

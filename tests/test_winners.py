@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgb
 
-from hyperdp_lib import figures, winners
+from hyperdp_lib.pages import figures, winners
 from hyperdp_lib.records import Record, load_records
 
 

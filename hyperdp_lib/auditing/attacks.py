@@ -31,12 +31,13 @@ from scipy import stats
 from scipy.spatial import distance
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, hypernetwork, mechanism, release
+from hyperdp_lib import accounting, data, diffusion, embedding, mechanism, pretrained, release
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.baselines import controls, dp_lora
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.scores import evaluation
 
 CONFIDENCE = 0.99
 Released = tuple[Adapter, NDArray[np.float64] | None]
@@ -125,7 +126,7 @@ def membership(
     digits = data.digits("train").images
     private_images = digits[torch.randperm(len(digits), generator=public)[: game.num_candidates]]
     coins = torch.rand(game.shadows + game.trials, game.num_candidates, generator=public) < 0.5
-    base_model, network = hypernetwork.load_pretrained()
+    base_model, network = pretrained.load_pretrained()
     released = METHODS[method](private_images, coins, base_model, network, epsilon, delta)
     scores, closer = _scores(private_images, coins.numpy(), released, base_model, network, game)
     mu = math.inf if math.isinf(epsilon) else 1 / accounting.noise_multiplier(epsilon, delta)
@@ -294,9 +295,9 @@ def _losses(private_images: Tensor, model: nn.Module, game: Game) -> NDArray[np.
     return diffusion.denoising_loss(model, private_images, generator, noise_draws=game.loss_draws).numpy()
 
 
-def feature_network() -> evaluation.FeatureNetwork:
+def feature_network() -> embedding.FeatureNetwork:
     """Public features that no release is made with."""
-    return evaluation.FeatureNetwork.from_pretrained(hypernetwork.features_file())
+    return embedding.FeatureNetwork.from_pretrained(pretrained.features_file())
 
 
 def _column_means(values: NDArray[np.floating], where: NDArray[np.bool_]) -> NDArray[np.floating]:

@@ -15,9 +15,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, data, diffusion, embedding, evaluation, hypernetwork
+from hyperdp_lib import accounting, data, diffusion, embedding, pretrained
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.auditing.attacks import CONFIDENCE, feature_network, noisy_sums
+from hyperdp_lib.scores import evaluation
 
 
 def invert(
@@ -42,7 +43,7 @@ def invert(
     digits = data.digits("train").images
     drawn = digits[torch.randperm(len(digits), generator=public)[: 2 * sets * num_private]]
     private_images, others = drawn.view(2, sets, num_private, *drawn.shape[1:])
-    base_model, network = hypernetwork.load_pretrained()
+    base_model, network = pretrained.load_pretrained()
     codes = embedding.embed(network.encoder, private_images.flatten(0, 1)).numpy()
     noisy_sum, _ = noisy_sums(codes, np.repeat(np.arange(sets), num_private), sets, epsilon, delta)
     start = diffusion.sample(base_model, None, sets * num_private, generator=public, num_steps=8)

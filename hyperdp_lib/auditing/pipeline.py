@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import accounting, diffusion, embedding, mechanism, nested, release
+from hyperdp_lib import accounting, diffusion, embedding, mechanism, release
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.cells import CellHyperNetwork
-from hyperdp_lib.embedding import Encoder, EncoderConfig
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import Encoder, EncoderConfig, FeatureNetwork
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.mechanism import Batch, GaussianSum
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
 from hyperdp_lib.prior import Prior
+from hyperdp_lib.public.nested import directions
 
 DIMENSION = 8
 
@@ -87,7 +87,7 @@ def miniature() -> Mapping[str, Any]:
         # each task is a blurred shape of its own, seen twice
         tasks = (torch.randn(80, 1, 1, 16, 16) + 0.3 * torch.randn(80, 2, 1, 16, 16)).clamp(-1, 1)
         features = FeatureNetwork()
-        axes = nested.directions(plain.encoder.eval(), features, tasks)
+        axes = directions(plain.encoder.eval(), features, tasks)
         many = NestedHyperNetwork(NestedEncoder(plain.encoder, features, *axes), base_model, config).using(8)
         many.table = {0.3: {8: 0.1, 64: 0.2}, 0.003: {8: 0.2, 64: 0.1}}
         centroids = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)

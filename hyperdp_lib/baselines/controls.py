@@ -26,7 +26,7 @@ from hyperdp_lib.progress import progress_bar
 
 
 class PublicTasks(Protocol):
-    """A source of small public data sets, such as `hyperdp_lib.glyphs.GlyphTasks`."""
+    """A source of small public data sets, such as `hyperdp_lib.public.glyphs.GlyphTasks`."""
 
     def sample_tasks(self, num_tasks: int, images_per_task: int, generator: torch.Generator) -> Tensor:
         """Images ``(num_tasks, images_per_task, C, H, W)`` in [-1, 1]."""

@@ -30,10 +30,9 @@ from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.diffusion import denoising_loss
 from hyperdp_lib.embedding import Encoder, embed
-from hyperdp_lib.glyphs import GlyphConfig
 from hyperdp_lib.hypernetwork import HyperNetwork, simulate_sums
 from hyperdp_lib.ledger import LedgerEntry
-from hyperdp_lib.training import PRESETS, Loop, Preset, StageConfig, TaskPool, adapted_loss
+from hyperdp_lib.public.stages import PRESETS, Loop, Preset, StageConfig, TaskPool, adapted_loss
 
 TaskLoss = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 """Query images (T, Q, C, H, W) in [-1, 1], noisy sums (T, k), their noise levels (T,), a generator -> loss."""
@@ -241,15 +240,6 @@ def train_decoder(
     loop.modules.load_state_dict(loop.average)
     loop.modules.eval().requires_grad_(False)
     return loop
-
-
-def smoke_preset() -> Preset:
-    """Few, small pools: trains in seconds, learns nothing; to see that everything runs."""
-    joint = StageConfig(4, 4, 4, 1e-3, 0.9)
-    return dataclasses.replace(
-        PRESETS["glyphs"], public_data=GlyphConfig(num_strokes=200), joint_stage=joint, pool_tasks=16, pool_images=12,
-        fresh_tasks=4, codes_stage=StageConfig(2, 8, 3, 1e-3),
-    )  # fmt: skip
 
 
 def command(module: str, train: Callable[..., Path], arguments: Sequence[str] | None) -> int:

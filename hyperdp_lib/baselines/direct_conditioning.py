@@ -32,8 +32,9 @@ from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.baselines import decoders
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.hypernetwork import HyperNetwork, load_pretrained, read_half, resolve, summary, write_half
-from hyperdp_lib.training import PRESETS, StageConfig
+from hyperdp_lib.hypernetwork import HyperNetwork, summary
+from hyperdp_lib.pretrained import load_pretrained, read_half, resolve, write_half
+from hyperdp_lib.public.stages import PRESETS, StageConfig, smoke_preset
 
 STAGE = StageConfig(steps=2000, tasks=64, images=8, learning_rate=1.5e-3, ema=0.998)
 DROPPED = 0.1  # share of tasks trained without conditioning, which guidance needs; as `adapter_off` of the method
@@ -303,7 +304,7 @@ def task_loss(decoder: ConditionedDenoiser, dropped: float = 0.0) -> decoders.Ta
 
 def train_direct_conditioning(out: Path, *, smoke: bool = False, stage: StageConfig = STAGE) -> Path:
     """Public training from the shipped base model; resumes; writes weights, manifest and card to ``out``."""
-    preset = decoders.smoke_preset() if smoke else PRESETS["glyphs"]
+    preset = smoke_preset() if smoke else PRESETS["glyphs"]
     stage = preset.joint_stage if smoke else stage
     base_model, hypernetwork = load_pretrained("glyphs")
     torch.manual_seed(preset.seed + 5)

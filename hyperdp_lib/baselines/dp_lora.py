@@ -39,7 +39,7 @@ ALL_BLOCK_LAYERS = r".*\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)
 
 @dataclass(frozen=True)
 class DPLoraConfig(TrainConfig):
-    """Public choices of one training run; tuned on public data by `hyperdp_lib.tuning`.
+    """Public choices of one training run; tuned on public data by `hyperdp_lib.experiments.tuning`.
 
     Parameters
     ----------

@@ -121,7 +121,7 @@ class PerceptualFeatures(nn.Module):
     ----------
     network : torch.nn.Module
         A plain sequence of layers, such as `hyperdp_lib.embedding.Encoder` or
-        `hyperdp_lib.evaluation.FeatureNetwork`; without batch statistics. It is copied, and the copy frozen.
+        `hyperdp_lib.scores.embedding.FeatureNetwork`; without batch statistics. It is copied, and the copy frozen.
     depths : sequence of int
         Depth d is the output of the d-th activation function; the last layer counts as one.
     side : int, optional

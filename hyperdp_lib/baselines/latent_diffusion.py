@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperdp_lib import artefacts, diffusion, hypernetwork
+from hyperdp_lib import artefacts, diffusion, pretrained
 from hyperdp_lib.data import InputError, from_levels
 from hyperdp_lib.embedding import CHUNK, fair_size, in_batches
-from hyperdp_lib.training import PRESETS as TRAINING_PRESETS
-from hyperdp_lib.training import Loop, StageConfig, stream
+from hyperdp_lib.public.stages import PRESETS as TRAINING_PRESETS
+from hyperdp_lib.public.stages import Loop, StageConfig, stream
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def load_latent_models(
     """
     from diffusers import AutoencoderKL
 
-    for folder in (hypernetwork.WEIGHTS / str(name_or_path), Path(name_or_path)):
+    for folder in (pretrained.WEIGHTS / str(name_or_path), Path(name_or_path)):
         if (folder / "autoencoder").is_dir() and (folder / "denoiser").is_dir():
             autoencoder: Any = AutoencoderKL.from_pretrained(folder / "autoencoder", local_files_only=True).float()
             denoiser = diffusion.load_base_model(folder / "denoiser")

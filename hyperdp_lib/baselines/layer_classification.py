@@ -10,7 +10,7 @@ images; it is trained in every subset of `SUBSETS`, together with the layers tha
 Layers below the first trained one are frozen and see one image at a time, so the images are passed through them once,
 and DP-SGD starts from there.
 
-``python -m hyperdp_lib.baselines.layer_classification --out book/results/layers`` tunes all subsets on public stand-ins
+``python -m hyperdp_lib.baselines.layer_grid --out book/results/layers`` tunes all subsets on public stand-ins
 and runs the grid of subsets, epsilons and seeds (`layer_grid`).
 """
 
@@ -33,7 +33,7 @@ from hyperdp_lib.baselines.dp_sgd import PrivacyPlan
 from hyperdp_lib.baselines.dp_training import TrainConfig
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import InputError
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import FeatureNetwork
 
 # Layers of `Classifier`: convolutions 0, 3, 6, 9 and their norms 1, 4, 7, 10; linear 13; standardisation 14; head 15.
 HEAD = r"15\..*"
@@ -254,14 +254,3 @@ def train_layer_classification(
 def _flat_cross_entropy(model: nn.Module, private_inputs: Tensor, **draws_and_labels: Any) -> Tensor:
     """Of features, which the training loop holds as 1 x 1 images."""
     return cross_entropy(model, private_inputs.flatten(1), **draws_and_labels)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The grid's command line; see `layer_grid`."""
-    from hyperdp_lib.baselines import layer_grid  # which imports this module
-
-    return layer_grid.main(arguments)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

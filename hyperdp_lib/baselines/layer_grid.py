@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hyperdp_lib import artefacts, data, evaluation, records
+from hyperdp_lib import artefacts, data, records
 from hyperdp_lib.baselines import layer_classification
 from hyperdp_lib.baselines.layer_classification import (
     SUBSETS,
@@ -29,8 +29,9 @@ from hyperdp_lib.baselines.layer_classification import (
     num_classes,
 )
 from hyperdp_lib.data import ImageSet, InputError
-from hyperdp_lib.evaluation import FeatureNetwork
+from hyperdp_lib.embedding import FeatureNetwork
 from hyperdp_lib.progress import progress_bar
+from hyperdp_lib.scores import evaluation
 
 LEARNING_RATES = (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)
 EPSILONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
@@ -42,8 +43,8 @@ def public_stand_in(
 ) -> tuple[ImageSet, ImageSet]:
     """Characters to tell apart, each drawn in as many styles as it has images: training and test images.
 
-    ``tasks`` is a `hyperdp_lib.glyphs.GlyphTasks`.  One task in seven mixes in other characters, as when the feature
-    network was trained: no classifier gets all of these right.
+    ``tasks`` is a `hyperdp_lib.public.glyphs.GlyphTasks`.  One task in seven mixes in other characters, as when the
+    feature network was trained: no classifier gets all of these right.
     """
     generator = torch.Generator().manual_seed(seed)
     characters = torch.randperm(tasks.num_classes, generator=generator)[:num_classes]
@@ -302,15 +303,15 @@ def subsample(private_set: ImageSet, count: int) -> ImageSet:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune on public stand-ins, then run the grid; both continue where they stopped."""
     parser = argparse.ArgumentParser(
-        prog="python -m hyperdp_lib.baselines.layer_classification", description=(__doc__ or "").splitlines()[0]
+        prog="python -m hyperdp_lib.baselines.layer_grid", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the file of results")
     parser.add_argument("--private", choices=("digits", "mnist"), default="digits", help="default: digits")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
     parser.add_argument("--smoke", action="store_true", help="two subsets, two budgets, one seed: is all in order?")
     options = parser.parse_args(arguments)
-    from hyperdp_lib import hypernetwork
-    from hyperdp_lib.glyphs import GlyphTasks
+    from hyperdp_lib import pretrained
+    from hyperdp_lib.public.glyphs import GlyphTasks
 
     torch.set_num_threads(1)
     if options.seeds < 1:
@@ -328,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.out / f"{name}.json", grid)
     except InputError as error:
         parser.error(str(error))
-    network = FeatureNetwork.from_pretrained(hypernetwork.features_file())
+    network = FeatureNetwork.from_pretrained(pretrained.features_file())
     public = GlyphTasks(progress=True).sample_tasks(100, 10, torch.Generator().manual_seed(0)).flatten(0, 1)
     classifier = build_classifier(network, public, len(private_train.class_names or ()))
     sha256 = artefacts.tensors_sha256(classifier.state_dict())
@@ -338,3 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(results, classifier, private_train, private_test)
     print(show(results.content["summary"]))
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -43,10 +43,10 @@ from torch import Tensor, nn
 
 from hyperdp_lib.data import InputError
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
+from hyperdp_lib.public.stages import Loop, StageConfig, log_uniform
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.theory import deepsets
 from hyperdp_lib.theory.setting import Array, LinearSetting, check_sizes, gdp_mu
-from hyperdp_lib.training import Loop, StageConfig, log_uniform
 
 ENCODERS = ("bilinear", "network")
 # Just inside the unit ball: float32 rounding of the length (below 1e-5 up to a thousand coordinates) cannot leave it.

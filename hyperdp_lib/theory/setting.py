@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hyperdp_lib import accounting
 from hyperdp_lib.data import InputError
+from hyperdp_lib.theory import subspace
 
 Array = NDArray[np.float64]
 
@@ -85,9 +86,7 @@ class LinearSetting:
         """Mean squared sine between the learned and the true subspace."""
         if self.subspace_error is not None:
             return float(self.subspace_error)
-        from hyperdp_lib.theory.subspace import subspace_error
-
-        return float(subspace_error(self))
+        return float(subspace.subspace_error(self))
 
     @property
     def label_variance(self) -> float:

@@ -10,8 +10,10 @@ in the limit (Paul 2007; Benaych-Georges & Nadakuditi 2011): nothing is learned 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from hyperdp_lib.theory.setting import LinearSetting
+if TYPE_CHECKING:
+    from hyperdp_lib.theory.setting import LinearSetting
 
 
 def signal_to_noise(setting: LinearSetting) -> float:
@@ -25,6 +27,7 @@ def signal_to_noise(setting: LinearSetting) -> float:
 def subspace_error(setting: LinearSetting) -> float:
     """eta in [0, 1], mean squared sine of the principal angles, of the learned subspace (limit of large dimensions).
 
+    >>> from hyperdp_lib.theory.setting import LinearSetting
     >>> round(subspace_error(LinearSetting(d=200, k=5, num_public_tasks=2000, examples_per_task=50)), 4)
     0.0139
     >>> subspace_error(LinearSetting(num_public_tasks=20, examples_per_task=10))  # too few: nothing is learned
@@ -42,6 +45,7 @@ def subspace_error(setting: LinearSetting) -> float:
 def threshold_tasks(setting: LinearSetting) -> float:
     """The number of public tasks T below which they teach nothing: ``(d - k) / lambda^2``; may be infinite.
 
+    >>> from hyperdp_lib.theory.setting import LinearSetting
     >>> round(threshold_tasks(LinearSetting(examples_per_task=10)))
     94
     """

@@ -1,0 +1,1 @@
+"""Records to tables, verdicts, figures: what the book and the README show."""

@@ -1,0 +1,1 @@
+"""Public data only: task sources and training. Nothing here ever sees a private image."""
