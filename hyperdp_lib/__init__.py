@@ -17,6 +17,8 @@ The modules, in the order in which to read them:
 `certificate`       what was released, and its independent check
 `verification`      the independent route by which `verify` recomputes a certificate
 `ledger`            everything that touched private data, added up
+`risk`              what the best possible attack achieves, in plain words
+`budget`            a file that holds several releases of the same images to one budget
 `artefacts`         files written whole or not at all, with checksums
 `strict_json`       JSON without surprises
 `preview`           what a release would do, told to the operator before anything is spent
@@ -76,6 +78,7 @@ __all__ = [
     "artefacts",
     "auditing",
     "baselines",
+    "budget",
     "cells",
     "certificate",
     "claims",
@@ -115,6 +118,7 @@ __all__ = [
     "refinement",
     "release",
     "report",
+    "risk",
     "strict_json",
     "sweep",
     "theory",

@@ -36,8 +36,8 @@ MAY_HOLD_PRIVATE_DATA = {
 }
 # Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
 NEVER_PRIVATE = (
-    "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "nested", "cells", "prior", "refinement", "classifier", "training",
+    "accounting", "ledger", "risk", "budget", "certificate", "verification", "artefacts", "strict_json", "adapter",
+    "diffusion", "hypernetwork", "nested", "cells", "prior", "refinement", "classifier", "training",
     "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
     "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards", "theory",
     "lora_geometry", "lora_products", "progress", "__init__", "__main__",
@@ -49,7 +49,7 @@ BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
 STANDARD = {
     "__future__", "collections", "dataclasses", "decimal", "functools", "hashlib", "importlib", "json", "math", "os",
-    "pathlib", "re", "stat", "tempfile", "types", "typing", "warnings",
+    "pathlib", "re", "stat", "statistics", "tempfile", "types", "typing", "warnings",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     "mechanism": {"numpy", "opendp"},
@@ -57,7 +57,8 @@ ALLOWED_IMPORTS = {
     "strict_json": set(),
     "artefacts": {"numpy"},
     "ledger": {"accounting", "strict_json"},
-    "certificate": {"accounting", "artefacts", "ledger", "mechanism", "strict_json", "verification"},
+    "risk": {"scipy", "accounting", "ledger", "strict_json"},
+    "certificate": {"accounting", "artefacts", "ledger", "mechanism", "risk", "strict_json", "verification"},
     "verification": {"numpy", "safetensors", "dp_accounting", "artefacts", "certificate", "ledger"},
 }
 # Only these may call the mechanism; only it may draw noise from OpenDP.
