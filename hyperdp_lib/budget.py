@@ -17,6 +17,7 @@ line of its own, only by its own process, before :meth:`Reservation.commit`, aft
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import ROUND_FLOOR, Context
 from pathlib import Path
@@ -141,27 +142,32 @@ class Budget:
         return [entry.noise_multiplier or 0.0 for entry in self.ledger]
 
     @property
+    def mu(self) -> float:
+        """Of all together."""
+        return accounting.mu(self.noise_multipliers) if self.ledger else 0.0
+
+    @property
     def spent(self) -> dict[str, float]:
         """``epsilon`` at the file's delta, and ``mu``, of all together."""
-        known, terms = self.ledger, self.terms
-        epsilon = ledger_epsilon(known, terms.delta, terms.neighboring_relation)
-        return {"epsilon": epsilon, "mu": accounting.mu(self.noise_multipliers) if known else 0.0}
+        epsilon = ledger_epsilon(self.ledger, self.terms.delta, self.terms.neighboring_relation)
+        return {"epsilon": epsilon, "mu": self.mu}
 
     @property
     def left(self) -> dict[str, float]:
-        """``epsilon`` and ``mu`` of the largest single release that still fits, rounded down; 0 if none does.
+        """``epsilon`` and ``mu`` of the largest single release that still fits, rounded down by a billionth.
 
-        As mu adds up in squares, what is left is not the cap less what was spent.
+        Both are 0 where less than a ten-thousandth of the cap is left. As mu adds up in squares, what is left is not
+        the cap less what was spent.
         """
-        terms, spent = self.terms, self.spent["mu"]
+        terms, spent = self.terms, self.mu
         cap = terms.cap_mu
         if terms.cap_epsilon is not None:
             cap = 1 / accounting.noise_multiplier(terms.cap_epsilon, terms.delta)
         assert cap is not None
-        rest = math.sqrt(max(0.0, (cap - spent) * (cap + spent))) * (1 - 1e-6)
-        if rest <= 1e-6 * cap or not terms.allows([*self.noise_multipliers, 1 / rest]):
+        rest = math.sqrt(max(0.0, (cap - spent) * (cap + spent))) * (1 - 1e-9)
+        if rest <= 1e-4 * cap or not terms.allows([*self.noise_multipliers, 1 / rest]):
             return {"epsilon": 0.0, "mu": 0.0}
-        return {"epsilon": accounting.epsilon(1 / rest, terms.delta) * (1 - 1e-6), "mu": rest}
+        return {"epsilon": accounting.epsilon(1 / rest, terms.delta) * (1 - 1e-9), "mu": rest}
 
     def to_plain(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -272,9 +278,8 @@ def reserve(
         charge = gaussian_charge(" ".join(description.split()), noise_multiplier, delta, neighboring_relation)
     except ValueError as error:
         raise InputError(str(error)) from error
-    known = _exists(path)
-    if known or not write:  # what is wrong is said before a lock file is made
-        _check(path, charge, cap_epsilon, cap_mu, read_budget(path) if known else None)
+    # what is wrong is said before a lock file is made; under the lock it is asked again
+    _check(path, charge, cap_epsilon, cap_mu, read_budget(path) if _exists(path) else None)
     if not write:
         return Reservation(path, 0)
     with _locked(path):
@@ -455,22 +460,35 @@ def _decode(content: bytes) -> tuple[Budget, str | None]:
     for number, raw in enumerate(content.split(b"\n")[:-1]):
         where = f"was changed in line {number + 1}"
         try:
-            values = loads(raw.decode())
-            stated = values.pop("sha256")
-            if stated != _sha256(values) or (values["line"], values["previous"]) != (number, previous):
+            before, record, stated = _record(raw)
+            if before != (number, previous) or isinstance(record, Terms) != (number == 0):
                 return budget, where
-            if number == 0:
-                budget = Budget(decode(values["terms"], Terms))
-            elif "charge" in values:
-                releases.append(Line(number, str(values["time"]), decode(values["charge"], LedgerEntry)))
+            if isinstance(record, Terms):
+                budget = Budget(record)
+            elif isinstance(record, Line):
+                releases.append(record)
             else:
-                (place,) = [i for i, line in enumerate(releases) if line.number == values["cancels"]]
-                kept = releases[place]
-                releases[place] = Line(kept.number, kept.time, kept.entry, cancelled=True)
+                (place,) = [i for i, line in enumerate(releases) if line.number == record]
+                releases[place] = replace(releases[place], cancelled=True)
         except (ValueError, KeyError, TypeError, AttributeError):
             return budget, where
         previous = stated
     return Budget(budget.terms, tuple(releases), content), None
+
+
+@functools.lru_cache(2**14)
+def _record(raw: bytes) -> tuple[tuple[int, str], Terms | Line | int, str]:
+    """Of one line: its number and the hash before it, what it says (or the number of a line taken back), its hash."""
+    values = loads(raw.decode())
+    stated = values.pop("sha256")
+    if stated != _sha256(values):
+        raise ValueError("its hash does not match")
+    before = values["line"], values["previous"]
+    if "terms" in values:
+        return before, decode(values["terms"], Terms), stated
+    if "charge" in values:
+        return before, Line(values["line"], str(values["time"]), decode(values["charge"], LedgerEntry)), stated
+    return before, int(values["cancels"]), stated
 
 
 def _number(value: float | None) -> float | None:

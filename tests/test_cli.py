@@ -219,6 +219,21 @@ def test_release_prints_the_sentence_of_the_certificate(released):
     assert (released.folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_releases_share_a_budget(weights, digit_folder, tmp_path, capsys):
+    command = ["release", digit_folder, "--yes", "--hypernetwork", weights, "--num-samples", "0"]
+    command += ["--budget", str(tmp_path / "budget")]
+    assert cli.main([*command, *RELEASE, "--cap-epsilon", "1.2", "--out", str(tmp_path / "one")]) == 0
+    assert cli.main([*command, "--epsilon", "0.5", "--out", str(tmp_path / "two")]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, *RELEASE, "--out", str(tmp_path / "three")]) == 2
+    assert "would exceed; left is epsilon 0." in capsys.readouterr().err and not (tmp_path / "three").exists()
+    assert cli.main(["budget", str(tmp_path / "budget"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    spent = [json.loads((tmp_path / name / "certificate.json").read_text())["mu"] for name in ("one", "two")]
+    assert [one["mu"] for one in told["releases"]] == pytest.approx(spent)
+    assert told["spent"]["mu"] == pytest.approx(math.hypot(*spent)) and 1 < told["spent"]["epsilon"] < 1.2
+
+
 def test_verify_accepts_it_and_rejects_a_tampered_copy(released, tmp_path, capsys):
     assert cli.main(["verify", str(released.folder)]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == released.out.splitlines()[2:]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jsonschema
@@ -84,6 +85,17 @@ def test_the_figures_at_epsilon_one():
         "alarms). At 1 % false alarms, at most 1.98 % of the true ones are found; at 0.1 %, at most 0.239 %. An alarm "
         "at 1 % turns even chances into a belief of at most 66.5 %."
     )
+
+
+def test_the_table_of_the_book_says_so():
+    page = (Path(hyperdp_lib.__file__).parent.parent / "book" / "privacy_statement.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ε = (\S+) \| (.*) \|$", page, flags=re.M)
+    assert len(rows) == 4
+    for epsilon, told in rows:
+        multiplier = accounting.noise_multiplier(float(epsilon), 1e-5)
+        bound = risk.gaussian(multiplier)
+        shares = bound.advantage, bound.true_positives_at_1_percent, bound.belief
+        assert told.split(" | ") == [risk.rounded_up(1 / multiplier, 4), *map(risk.percent, shares)]
 
 
 @given(multipliers)
