@@ -12,6 +12,8 @@ The private path, in the order in which to read it:
 `ledger`            everything that touched private data, added up
 `certificate`       what was released, and its independent check
 `verification`      the independent route by which `verify` recomputes a certificate
+`risk`              what the best possible attack achieves, in plain words
+`budget`            a file that holds several releases of the same images to one budget
 `artefacts`         files written whole or not at all, with checksums
 `strict_json`       JSON without surprises
 `progress`          progress bars, on terminals only
@@ -62,6 +64,7 @@ __all__ = [
     "artefacts",
     "auditing",
     "baselines",
+    "budget",
     "cells",
     "certificate",
     "classifier",
@@ -87,6 +90,7 @@ __all__ = [
     "records",
     "refinement",
     "release",
+    "risk",
     "scores",
     "strict_json",
     "theory",

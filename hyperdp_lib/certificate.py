@@ -13,18 +13,20 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
 from hyperdp_lib import accounting
 from hyperdp_lib import ledger as ledgers
+from hyperdp_lib import risk as risks
 from hyperdp_lib.artefacts import CERTIFICATE_FILE, folder_sha256, library_versions, write_atomic
 from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import GaussianSum
-from hyperdp_lib.strict_json import check_types, decode, loads, plain
+from hyperdp_lib.risk import Risk
+from hyperdp_lib.strict_json import check_types, decode, later, loads, plain
 
 STAMP = "demonstration - NOT PRIVATE"
+SCHEMA = "urn:hyperdp:certificate:1"  # the $id of certificate.schema.json, version last
 
 GAUSSIAN_SUM, DP_SGD = "discrete Gaussian sum", "DP-SGD"
 NO_PRIVATE_DATA, NO_PRIVACY = "no private data", "no privacy"
@@ -39,6 +41,7 @@ _CHOICES = {
     "mechanism": (GAUSSIAN_SUM, DP_SGD, NO_PRIVATE_DATA, NO_PRIVACY),
     "rng": (OS_NOISE, SEEDED_NOISE, FLOAT_NOISE, NO_NOISE),
     "neighboring_relation": tuple(RELATIONS),
+    "schema": (None, SCHEMA),
 }
 _CHARGED_AS = {GAUSSIAN_SUM: ("gaussian",), DP_SGD: ("dp_sgd", "other"), NO_PRIVACY: ("gaussian", "other")}
 
@@ -81,12 +84,14 @@ class Certificate:
     versions: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     post_processing: tuple[str, ...] = ()  # what was done to the release afterwards; costs nothing, says so
+    schema: str | None = later(None)  # id and version of certificate.schema.json
+    risk: Risk | None = later(None)  # follows from the rest: see `risk`
 
     def __post_init__(self) -> None:
         check_types(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}")
         if not self.delta < 1:
             raise ValueError("delta must be below 1")
         if self.num_private is not None and self.neighboring_relation == "add_or_remove_one":
@@ -116,11 +121,16 @@ class Certificate:
         if math.isinf(self.epsilon):
             stamp = STAMP if self.demonstration else "NOT PRIVATE"
             return f"{stamp}: no noise protects the private images (epsilon = infinity)."
-        budget = f"(epsilon = {_rounded_up(self.epsilon)}, delta = {_rounded_up(self.delta)})"
+        budget = f"(epsilon = {risks.rounded_up(self.epsilon)}, delta = {risks.rounded_up(self.delta)})"
         claim = f"{budget}-differentially private with respect to {RELATIONS[self.neighboring_relation]}"
         if self.demonstration:
             return f"{STAMP}: the noise came from a seed; with secret noise this adapter would be {claim}."
         return f"This adapter is {claim}."
+
+    @property
+    def risk_sentence(self) -> str:
+        """The risk in plain words, a line of the model card: see :func:`hyperdp_lib.risk.in_words`."""
+        return risks.in_words(self)
 
     def to_json(self) -> str:
         """JSON text with sorted keys and a checksum; infinity is the string "infinity"."""
@@ -174,7 +184,7 @@ def ledger_certificate(
         "conversion": ledgers.conversion(ledger),
         "versions": library_versions(),
     }
-    return Certificate(
+    made = Certificate(
         method, mechanism, stated, delta,
         mu=None if multipliers is None else accounting.mu(multipliers),
         rho=None if multipliers is None else accounting.rho(multipliers),
@@ -185,6 +195,7 @@ def ledger_certificate(
         ledger=tuple(ledger),
         **(derived | fields),
     )  # fmt: skip
+    return dataclasses.replace(made, schema=SCHEMA, risk=risks.of(made))
 
 
 def gaussian_certificate(
@@ -230,12 +241,3 @@ def write_certificate(certificate: Certificate, folder: str | Path) -> Path:
 def _checksum(values: dict[str, Any]) -> str:
     # finds accidents and edits; no signature: whoever can rewrite the folder can recompute it
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _rounded_up(value: float) -> str:
-    """At most six digits, never below `value`.
-
-    >>> _rounded_up(1.0), _rounded_up(0.99999999), _rounded_up(2.0000001), _rounded_up(1e-5)
-    ('1', '1', '2.00001', '1e-05')
-    """
-    return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(Decimal(repr(value)))):g}"

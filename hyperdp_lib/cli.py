@@ -77,6 +77,7 @@ def _release(options: argparse.Namespace) -> None:
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
     from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
+    _reserve(options)
     # the images first: what is wrong with them is said before a model is loaded
     private = data.load_named_or_path(
         options.images,
@@ -102,6 +103,8 @@ def _release(options: argparse.Namespace) -> None:
     if options.dry_run:
         return
     private_images = -private.images if options.invert else private.images
+    if options.reservation is not None:
+        options.reservation.commit()
     released = release.release(
         private_images.to(options.device),
         network.to(options.device),
@@ -127,7 +130,7 @@ def _release(options: argparse.Namespace) -> None:
         print(json.dumps({"out": str(options.out), "certificate": json.loads(written)}))
     else:
         print(f"wrote {options.out}")
-        print(released.certificate.sentence)
+        print(released.certificate.sentence, released.certificate.risk_sentence, sep="\n")
 
 
 def _preview(
@@ -172,6 +175,50 @@ def _preview(
         print("hyperdp: release? This spends the budget. [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             _refuse("not released; nothing was spent")
+
+
+def _release_within_budget(options: argparse.Namespace) -> None:
+    """`_release`; what it reserved is taken back if it ends before any noise may have been drawn."""
+    options.reservation = None
+    try:
+        _release(options)
+    except BaseException:
+        if options.reservation is not None:
+            options.reservation.cancel()
+        raise
+
+
+def _reserve(options: argparse.Namespace) -> None:
+    """Enter the release in its budget file, before an image is read; a dry run only asks whether it would fit."""
+    caps = {"cap_epsilon": options.cap_epsilon, "cap_mu": options.cap_mu}
+    if options.budget is None:
+        if any(cap is not None for cap in caps.values()):
+            _refuse("a cap needs a file that says what was spent; give --budget FILE")
+        return
+    if options.seed is not None:
+        _refuse("noise from a seed protects nothing, so no budget can cover it; drop --seed, or --budget")
+    from hyperdp_lib import accounting, budget
+
+    multiplier = options.noise_multiplier
+    if multiplier is None:
+        multiplier = accounting.noise_multiplier(options.epsilon, options.delta)
+    reservation = budget.reserve(
+        options.budget,
+        f"{options.images} -> {options.out}",
+        multiplier,
+        delta=options.delta,
+        neighboring_relation=options.neighboring_relation,
+        write=not options.dry_run,
+        **caps,
+    )
+    options.reservation = None if options.dry_run else reservation
+
+
+def _budget(options: argparse.Namespace) -> None:
+    from hyperdp_lib import budget
+
+    found = budget.read_budget(options.file)
+    print(json.dumps(found.to_plain(), indent=1) if options.json else found)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -575,12 +622,14 @@ def _verify(options: argparse.Namespace) -> int:
 
     problems = verification.verify(options.folder)
     notes = verification.unknown_models(options.folder)
+    told = None if problems else verification.stated_risk(options.folder)
     if options.json:
-        print(json.dumps({"ok": not problems, "problems": problems, "notes": notes}))
+        print(json.dumps({"ok": not problems, "problems": problems, "notes": notes, "risk": told}))
     elif problems:
         print(*problems, sep="\n")
     else:
         print(f"ok: {options.folder} holds what its certificate lists and nothing else; the certificate recomputes")
+        print(told)
     if not options.json:
         for note in notes:
             _tell(f"note: {note}")
@@ -828,12 +877,15 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added.add_argument
 
-    add = command("release", _release, "turn private images into one adapter with a privacy certificate")
+    add = command("release", _release_within_budget, "turn private images into one adapter with a privacy certificate")
     add("images", metavar="IMAGES", help="folder of images, folder of class sub-folders, .npz, or: digits")
     add("--epsilon", type=float, help="privacy budget; this or --noise-multiplier")
     add("--noise-multiplier", type=float, help="standard deviation of the noise over the sensitivity")
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    add("--budget", type=Path, metavar="FILE", help="of all releases of these images: refuse what it does not cover")
+    add("--cap-epsilon", type=float, metavar="EPSILON", help="of a new --budget: most that all releases may cost")
+    add("--cap-mu", type=float, metavar="MU", help="the same in mu; the cap of a file never changes")
     add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
     add(
         "--declared-size",
@@ -863,6 +915,10 @@ def _parser() -> Parser:
     add("--overwrite", action="store_true", help="replace an earlier release in DIR")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the certificate as JSON")
+
+    add = command("budget", _budget, "show what was spent of a budget file on what, and what is left")
+    add("file", metavar="FILE", type=Path, help="as given to hyperdp release --budget")
+    add("--json", action="store_true", help="print everything as JSON")
 
     add = command("sample", _sample, "draw images from a release")
     add("folder", metavar="DIR", type=Path, help="a release")

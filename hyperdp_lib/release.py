@@ -437,6 +437,8 @@ def model_card(statement: Certificate, lora_config: Any, base_model: nn.Module, 
         told += f"\n- what was decoded: {statement.num_rows} x {statement.dimension} numbers, in `{EMBEDDING_FILE}`"
     return f"""{statement.sentence}
 
+{statement.risk_sentence}
+
 LoRA adapter (rank {lora_config.r}) for the diffusion model in `{BASE_FOLDER}`; {what}.
 A hypernetwork trained on public data made it. Of the private images, the privacy ledger says:
 {told}

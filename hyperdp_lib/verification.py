@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def verify(folder: str | Path, *, base_model_sha256: str | None = None) -> list[
         return [f"{CERTIFICATE_FILE} {error}"]
     contents, problems = _read(folder, certificate.artefact_sha256)
     checks: tuple[Callable[[Certificate, Contents], Iterator[str]], ...] = (
-        _budget, _entries, _noise, _stamp, _adapters, _parts, _base, _models, _embedding, _model_cards,
+        _budget, _entries, _risk, _noise, _stamp, _adapters, _parts, _base, _models, _embedding, _model_cards,
     )  # fmt: skip
     for check in checks:
         try:
@@ -166,6 +167,33 @@ def _independent_epsilon(certificate: Certificate) -> float | None:
         gaussian = dp_accounting.GaussianDpEvent(multiplier)
         accountant.compose(dp_accounting.PoissonSampledDpEvent(entry.sample_rate, gaussian), entry.steps)
     return float(accountant.get_epsilon(certificate.delta))
+
+
+def _risk(certificate: Certificate, contents: Contents) -> Iterator[str]:
+    """What the best attack achieves, by the normal distribution of the standard library."""
+    if (certificate.risk is None) != (certificate.schema is None):
+        yield "only one of risk and schema is stated"
+    if certificate.risk is None:  # older than both
+        return
+    private = [entry for entry in certificate.ledger if entry.private]
+    squared = math.fsum((entry.noise_multiplier or math.nan) ** -2 for entry in private)
+    epsilon, delta = (certificate.epsilon, certificate.delta) if private else (0.0, 0.0)
+    if not certificate.private:
+        found = [1.0, 1.0, 1.0, 1.0]
+    else:
+        if private and all(entry.kind == "gaussian" for entry in private):
+            mu, normal = math.sqrt(squared), NormalDist()
+            gained = normal.cdf(mu / 2) - normal.cdf(-mu / 2)
+            rates = [normal.cdf(normal.inv_cdf(share) + mu) for share in (0.01, 0.001)]
+        else:
+            limit = math.exp(min(epsilon, 700.0))
+            gained = 1 - 2 * (1 - delta) / (1 + limit)  # where the two lines of the region meet
+            rates = [min(limit * share + delta, 1 - (1 - delta - share) / limit) for share in (0.01, 0.001)]
+        found = [gained, *rates, rates[0] / (rates[0] + 0.01)]
+    for item, computed in zip(dataclasses.fields(certificate.risk), found, strict=True):
+        stated = getattr(certificate.risk, item.name)
+        if stated < computed * (1 - 1e-9) - 1e-15 or not _agree(stated, computed, 3e-5):
+            yield f"risk: {item.name} is stated as {stated:g} but comes to {computed:g}"
 
 
 def _noise(certificate: Certificate, contents: Contents) -> Iterator[str]:
@@ -301,6 +329,14 @@ def shipped_for(folder: str | Path) -> str | None:
     return next((one.name for one in shipped_weights() if one.hypernetwork == stated), None)
 
 
+def stated_risk(folder: str | Path) -> str | None:
+    """The risk line of a certificate, derived again from its ledger (see `hyperdp_lib.risk`); None without one."""
+    try:
+        return _certificate(Path(folder)).risk_sentence
+    except (OSError, ValueError):
+        return None
+
+
 def unknown_models(folder: str | Path) -> list[str]:
     """Models that a certificate names and that do not come with this library: no problem for own weights, a note."""
     try:
@@ -361,7 +397,7 @@ def _embedding(certificate: Certificate, contents: Contents) -> Iterator[str]:
 
 
 def _model_cards(certificate: Certificate, contents: Contents) -> Iterator[str]:
-    """The first line of every card (after an optional YAML head) is the certificate's sentence."""
+    """The first line of a card (after an optional YAML head) is the certificate's sentence, a risk line its risk."""
     if CARD_FILE not in certificate.artefact_sha256:
         yield f"{CARD_FILE} is not listed in the certificate"
     for name in sorted(contents):
@@ -373,6 +409,8 @@ def _model_cards(certificate: Certificate, contents: Contents) -> Iterator[str]:
         first = next((line.strip() for line in lines if line.strip()), "")
         if first != certificate.sentence:
             yield f"the first line of {_shown(name)} is not the sentence of the certificate"
+        if any(line.startswith("Risk:") and line.strip() != certificate.risk_sentence for line in lines):
+            yield f"the risk in {_shown(name)} is not that of the certificate"
 
 
 # ---- files -------------------------------------------------------------------------------------------------

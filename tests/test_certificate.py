@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hyperdp_lib import accounting, artefacts, verification
+from hyperdp_lib import accounting, artefacts, risk, verification
 from hyperdp_lib import certificate as certificates
 from hyperdp_lib.certificate import STAMP, Certificate, gaussian_certificate
 from hyperdp_lib.ledger import (
@@ -56,7 +56,8 @@ def write_release(folder, certificate, config=CONFIG):
         save_file({"lora_A": np.ones((2, 3), np.float32)}, adapter / "adapter_model.safetensors")
     released = noisy_sum([], config, seed=None if certificate.private else 0)
     save_file({"noisy_sum": released}, folder / "embedding.safetensors")
-    (folder / "README.md").write_text(f"---\nlibrary_name: peft\n---\n{certificate.sentence}\n\nMore.\n")
+    said = f"{certificate.sentence}\n\n{certificate.risk_sentence}\n"
+    (folder / "README.md").write_text(f"---\nlibrary_name: peft\n---\n{said}")
     certificates.write_certificate(certificate, folder)
     return folder
 
@@ -125,7 +126,7 @@ def test_sentence_of_the_public_control():
 
 @given(st.floats(1e-6, 1e6))
 def test_printed_numbers_are_never_below_the_true_ones(value):
-    assert value <= float(certificates._rounded_up(value)) <= value * (1 + 1.1e-5)
+    assert value <= float(risk.rounded_up(value)) <= value * (1 + 1.1e-5)
 
 
 # ---- fields and ledger ------------------------------------------------------------
@@ -434,6 +435,10 @@ LIES = {
     "another number of rows": ({"num_rows": 3}, "3 rows were released for 2 classes"),
     "no dimension": ({"dimension": None}, "not stated"),
     "no clip norm": ({"clip_norm": None}, "not stated"),
+    "a smaller advantage": ({"risk": risk.gaussian(10 * MULTIPLIER)}, "risk: advantage is stated as"),
+    "a larger risk": ({"risk": risk.NO_BOUND}, "risk: belief is stated as 1 but comes to 0.664"),
+    "the risk of a demonstration": ({"rng": "seeded demonstration", "demonstration": True}, "but comes to 1"),
+    "the risk left out": ({"risk": None}, "only one of risk and schema"),
     "a class too many": ({"class_names": ("0", "1", "2")}, "2 class adapters are listed for 3"),
 }
 
@@ -576,6 +581,10 @@ TAMPERINGS = {
         "the first line of classes/0/README.md",
     ),
     "card changed": (lambda f: (f / "README.md").write_text("Perfectly private."), "README.md"),
+    "another risk on a card": (
+        lambda f: (f / "README.md").write_text(f"{read(f).sentence}\n\nRisk: none.\n"),
+        "the risk in README.md is not that",
+    ),
     "card missing": (lambda f: (f / "README.md").unlink(), "README.md is missing"),
     "certificate missing": (lambda f: (f / "certificate.json").unlink(), "cannot be read"),
     "certificate not text": (lambda f: (f / "certificate.json").write_bytes(b"\xff\xfe"), "certificate.json"),

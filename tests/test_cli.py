@@ -211,15 +211,33 @@ def test_release_prints_the_sentence_of_the_certificate(released):
 
     certificate = Certificate.from_json((released.folder / "certificate.json").read_text())
     assert certificate.private and 0.999 < certificate.epsilon <= 1
-    assert released.out.splitlines()[-1] == certificate.sentence
+    assert released.out.splitlines()[1:] == [certificate.sentence, certificate.risk_sentence]
+    assert certificate.risk_sentence.startswith("Risk: mu = 0.2681.") and certificate.risk.advantage == 0.106618
+    assert (released.folder / "README.md").read_text().splitlines()[:3:2] == released.out.splitlines()[1:]
     assert certificate.num_private is None  # secret under add_or_remove_one
     assert "resized (antialiased) from 8 x 8 to 16 x 16 pixels" in released.err
     assert "warning" not in released.err
     assert (released.folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_releases_share_a_budget(weights, digit_folder, tmp_path, capsys):
+    command = ["release", digit_folder, "--yes", "--hypernetwork", weights, "--num-samples", "0"]
+    command += ["--budget", str(tmp_path / "budget")]
+    assert cli.main([*command, *RELEASE, "--cap-epsilon", "1.2", "--out", str(tmp_path / "one")]) == 0
+    assert cli.main([*command, "--epsilon", "0.5", "--out", str(tmp_path / "two")]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, *RELEASE, "--out", str(tmp_path / "three")]) == 2
+    assert "would exceed; left is epsilon 0." in capsys.readouterr().err and not (tmp_path / "three").exists()
+    assert cli.main(["budget", str(tmp_path / "budget"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    spent = [json.loads((tmp_path / name / "certificate.json").read_text())["mu"] for name in ("one", "two")]
+    assert [one["mu"] for one in told["releases"]] == pytest.approx(spent)
+    assert told["spent"]["mu"] == pytest.approx(math.hypot(*spent)) and 1 < told["spent"]["epsilon"] < 1.2
+
+
 def test_verify_accepts_it_and_rejects_a_tampered_copy(released, tmp_path, capsys):
     assert cli.main(["verify", str(released.folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == released.out.splitlines()[2:]
     copy = tmp_path / "copy"
     shutil.copytree(released.folder, copy)
     (copy / "classes" / "3" / "README.md").write_text("epsilon is 0.01, really")
@@ -833,7 +851,7 @@ def test_verify_reports_problems(monkeypatch, capsys, tmp_path):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "epsilon does not recompute\n"
     assert cli.main(["verify", str(tmp_path), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"ok": False, "problems": problems, "notes": []}
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "problems": problems, "notes": [], "risk": None}
     problems.clear()
     assert cli.main(["verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("ok: ")

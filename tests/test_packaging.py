@@ -134,7 +134,7 @@ def test_wheel_holds_the_weights(tmp_path: Path) -> None:
     weights = [path for path in (ROOT / "hyperdp_lib" / "weights").rglob("*") if path.is_file() and free(path)]
     assert weights and not [path for path in packed if "photographs" in path and "/weights/" in path]
     assert {path.relative_to(ROOT).as_posix() for path in weights} <= packed
-    assert "hyperdp_lib/py.typed" in packed
+    assert {"hyperdp_lib/py.typed", "hyperdp_lib/certificate.schema.json"} <= packed
 
 
 def test_package_data_patterns_cover_the_weights() -> None:

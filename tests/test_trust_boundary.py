@@ -50,7 +50,7 @@ BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
 STANDARD = {
     "__future__", "collections", "dataclasses", "decimal", "functools", "hashlib", "importlib", "json", "math", "os",
-    "pathlib", "re", "stat", "tempfile", "types", "typing", "warnings",
+    "pathlib", "re", "stat", "statistics", "tempfile", "types", "typing", "warnings",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     "mechanism": {"numpy", "opendp"},
@@ -58,7 +58,8 @@ ALLOWED_IMPORTS = {
     "strict_json": set(),
     "artefacts": {"numpy"},
     "ledger": {"accounting", "strict_json"},
-    "certificate": {"accounting", "artefacts", "ledger", "mechanism", "strict_json"},
+    "risk": {"scipy", "accounting", "ledger", "strict_json"},
+    "certificate": {"accounting", "artefacts", "ledger", "mechanism", "risk", "strict_json"},
     "verification": {"numpy", "safetensors", "dp_accounting", "artefacts", "certificate", "ledger"},
 }
 # Only these may call the mechanism; only it may draw noise from OpenDP.
