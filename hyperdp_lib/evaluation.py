@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from hyperdp_lib.data import ImageSet, InputError, to_levels
+from hyperdp_lib.data import ImageSet, InputError, check_model_range, to_levels
 
 NOT_DP = "research metric, not DP"
 SCORES = ("frechet_distance", "precision", "recall", "accuracy")
@@ -256,6 +256,7 @@ def predict(samples: Tensor, labels: Tensor, private_test_images: Tensor) -> np.
 
     _check_images(samples, "samples")
     _check_images(private_test_images, "private_test_images")
+    check_model_range(private_test_images, "private_test_images")
     if len(samples) != len(labels):
         raise InputError("images and labels differ in length: give one label for each image.")
     if len(torch.unique(labels)) < 2:
@@ -478,6 +479,4 @@ def _check_images(images: Tensor, name: str) -> None:
     if not torch.isfinite(images).all():
         raise InputError(f"{name} contain NaN or infinity: remove those images.")
     if images.abs().max() > 4.0:  # samples may overshoot a little; bytes read as floats do not
-        raise InputError(
-            f"{name} reach {images.abs().max():.3g}: bring them into [-1, 1] with to_model_range."
-        )
+        raise InputError(f"{name} lie far outside [-1, 1]: bring them there with to_model_range.")
