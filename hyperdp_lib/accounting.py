@@ -59,6 +59,10 @@ from scipy.special import log_ndtr
 # The corner of the mechanism's range at which the theorem is evaluated; a test compares with `mechanism`.
 MAX_COORDINATES = 2**20
 MIN_GRID_SENSITIVITY = 2**20
+MIN_DP_SGD_DELTA = 1e-12
+"""Least delta of DP-SGD: below about 1e-13 one accountant here states too little, the other fails."""
+DP_SGD_RESERVE = 0.01
+"""Share of delta that DP-SGD keeps for the end of its floating-point noise; see `baselines.dp_sgd`."""
 _TAIL = 200.0  # t in step 3: a probability of 1e-87
 
 Releases = float | Sequence[float]
@@ -141,6 +145,8 @@ def dp_sgd_epsilon(
     removal of an example, dp-accounting's PLD accountant (Doroshenko et al. 2022) removal and addition. At
     ``sample_rate`` 1 nothing is sampled and (1) with ``mu = sqrt(steps) / noise_multiplier`` is used.
 
+    With sampling, ``delta`` is 1e-12 or more (`kept` of it will do): below, the accountants fail.
+
     *What is rigorous.* The ideal mechanism: DP-SGD's noise is floating point. ``add_or_remove_one`` and
     ``zero_out`` share the dominating pair ``N(0)``, ``(1 - q) N(0) + q N(C)``, hence epsilon. ``replace_one``
     is refused: no dominating pair is proven for it here.
@@ -150,6 +156,8 @@ def dp_sgd_epsilon(
         raise ValueError("DP-SGD has a proven epsilon for add_or_remove_one and zero_out only")
     if not 0 < sample_rate <= 1 or steps < 1 or not 0 <= noise_multiplier < math.inf:
         raise ValueError("need 0 < sample_rate <= 1, steps >= 1 and a finite noise_multiplier >= 0")
+    if sample_rate < 1:
+        _check_dp_sgd_delta(delta)
     if noise_multiplier < 0.02:  # nothing worth stating, and too wide for the accountants
         return math.inf
     if sample_rate == 1:
@@ -170,9 +178,12 @@ def dp_sgd_noise_multiplier(
 ) -> float:  # fmt: skip
     """The multiplier that makes DP-SGD (epsilon, delta)-DP by :func:`dp_sgd_epsilon`, rounded up by 0.2 %.
 
-    The accountants' error stays below 1 % of epsilon and below 0.01, so that no rival is handicapped.
+    What the run costs by the PLD accountant lies at most 1.5 % below epsilon, for epsilon from 0.01 and delta from
+    1e-12 on, so that no rival is handicapped. (PRV's error bound, below 1 % and below 0.01, and the rounding.)
     """
     _check_budget(epsilon, delta)
+    if sample_rate < 1:
+        _check_dp_sgd_delta(delta)
     if math.isinf(epsilon):
         return 0.0
     known = (delta, sample_rate, steps, neighboring_relation, min(0.01, 0.01 * epsilon))
@@ -183,9 +194,13 @@ def dp_sgd_noise_multiplier(
 
 
 def pld_epsilon(parts: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Epsilon of several ``(noise_multiplier, sample_rate, steps)`` by dp-accounting; slack included."""
+    """Epsilon of several ``(noise_multiplier, sample_rate, steps)`` by dp-accounting; slack included.
+
+    ``delta`` is 1e-12 or more (`kept` of it will do): below about 1e-13 dp-accounting states too little.
+    """
     import dp_accounting
 
+    _check_dp_sgd_delta(delta)
     if min(m for m, _, _ in parts) < 0.02:
         return math.inf
     accountant = dp_accounting.pld.PLDAccountant()
@@ -195,6 +210,15 @@ def pld_epsilon(parts: Sequence[tuple[float, float, int]], delta: float) -> floa
         slack = discretisation_slack(m) if rate == 1 else (0.0, 0.0)
         xi, log_c = xi + steps * slack[0], log_c + steps * slack[1]
     return xi + float(accountant.get_epsilon(delta * math.exp(-log_c) * (1 - 1e-9)))  # 1e-9 covers the tails
+
+
+def kept(delta: float) -> float:
+    """What DP-SGD is calibrated for, and charged at, of a ``delta``: all but `DP_SGD_RESERVE` of it.
+
+    >>> kept(1e-5)
+    9.9e-06
+    """
+    return (1 - DP_SGD_RESERVE) * delta
 
 
 def _discrete_delta(multipliers: Sequence[float], epsilon: float) -> float:
@@ -242,6 +266,11 @@ def _multipliers(noise_multiplier: Releases) -> list[float]:
 def _check_delta(delta: float) -> None:
     if not 1e-60 < delta < 1:
         raise ValueError("delta must be between 1e-60 and 1, both excluded; 1e-5 is usual")
+
+
+def _check_dp_sgd_delta(delta: float) -> None:
+    if not 0.98 * MIN_DP_SGD_DELTA <= delta < 1:
+        raise ValueError(f"DP-SGD is accounted for from delta {MIN_DP_SGD_DELTA:g} on, got {delta:g}")
 
 
 def _check_budget(epsilon: float, delta: float) -> None:

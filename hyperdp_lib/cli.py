@@ -574,7 +574,18 @@ def _forecast(options: argparse.Namespace) -> None:
         _check_count("--" + option.replace("_", "-"), getattr(options, option))
     _check_device(options.device)
     from hyperdp_lib.experiments import comparison, forecast, tuning
+    from hyperdp_lib.experiments.methods import METHODS
 
+    if options.method in METHODS:
+        comparison.check_budget(
+            options.method,
+            options.epsilon,
+            options.delta,
+            options.neighboring_relation,
+            comparison.found_settings(options.hypernetwork),
+            options.num_private,
+            options.classes,
+        )
     made = forecast.forecast(
         options.num_private,
         options.epsilon,

@@ -45,6 +45,7 @@ __all__ = [
     "ImageSet",
     "InputError",
     "NAMED_DATA_SETS",
+    "check_model_range",
     "digits",
     "load_images",
     "load_named_or_path",
@@ -154,6 +155,18 @@ def to_model_range(images: np.ndarray | Tensor) -> Tensor:
     if tensor.ndim != 4:
         raise InputError(f"images must be N x H x W or N x H x W x C, got {tuple(tensor.shape)}: reshape it")
     return from_levels(tensor.permute(0, 3, 1, 2)).contiguous()
+
+
+def check_model_range(images: Tensor, name: str) -> None:
+    """Return nothing, or raise `InputError`, if images are not finite floats in ``[-1, 1]``, up to 1e-3.
+
+    The message says which images are meant by ``name``, and quotes no value: they may be private.
+
+    >>> check_model_range(torch.tensor([1.0005, -1.0]), "images")
+    """
+    if images.is_floating_point() and (not images.numel() or bool(images.abs().amax() <= 1.001)):  # false for NaN
+        return
+    raise InputError(f"{name} must be finite floats in [-1, 1]: use data.to_model_range on 8-bit images.")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -132,8 +132,9 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     Noisy sums alone compose exactly (mu-GDP). With DP-SGD among them, dp-accounting's PLD composes all; one
     DP-SGD run alone gets :func:`~hyperdp_lib.accounting.dp_sgd_epsilon`. What is known only by its epsilon
     and delta is added on top (basic composition), as is sampled DP-SGD under ``replace_one``, which no
-    accountant here covers. Entries of another relation are a ValueError: the same noise protects less against
-    a replacement than against a removal.
+    accountant here covers. Where DP-SGD is among what is composed, 1 % of delta is kept for the end of its
+    noise (`baselines.dp_sgd`), and with sampled batches delta below 1e-12 is a ValueError. So are entries of
+    another relation: the same noise protects less against a replacement than against a removal.
 
     Examples
     --------
@@ -161,6 +162,7 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     parts = [(entry.noise_multiplier or 0.0, entry.sample_rate, entry.steps) for entry in composed]
     if all(entry.kind == "gaussian" for entry in composed):
         return base + accounting.epsilon([multiplier for multiplier, _, _ in parts], rest)
+    rest = accounting.kept(rest)
     if len(parts) == 1:
         multiplier, sample_rate, steps = parts[0]
         error = min(0.01, 0.01 * composed[0].epsilon)  # the accountant's own, as in calibration

@@ -39,7 +39,7 @@ from hyperdp_lib.artefacts import (
     tensors_sha256,
 )
 from hyperdp_lib.certificate import Certificate
-from hyperdp_lib.data import ImageSet, InputError, save_grid
+from hyperdp_lib.data import ImageSet, InputError, check_model_range, save_grid
 from hyperdp_lib.diffusion import load_base_model, sample_classes
 from hyperdp_lib.embedding import embed_rows
 from hyperdp_lib.hypernetwork import HyperNetwork
@@ -170,10 +170,7 @@ def _check_images(private_images: Tensor, hypernetwork: HyperNetwork) -> None:
         raise InputError(
             f"images must have shape (N, {', '.join(map(str, expected))}): use data.load_images to make them so"
         )
-    if not private_images.is_floating_point() or not torch.isfinite(private_images).all():
-        raise InputError("images must be finite floats in [-1, 1]: use data.to_model_range on 8-bit images")
-    if len(private_images) and (private_images.amin() < -1.001 or private_images.amax() > 1.001):
-        raise InputError("images must lie in [-1, 1]: use data.to_model_range on 8-bit images")
+    check_model_range(private_images, "images")
 
 
 def _check_labels(

@@ -227,6 +227,30 @@ def test_dp_sgd_lies_between_pld_and_rdp(rate, steps, multiplier):
     assert ours == pytest.approx(pld, rel=0.02, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps"),
+    [(1.0, 1e-12, 0.01, 200), (0.01, 1e-5, 0.1, 20), (0.01, 1e-12, 0.02, 20), (8.0, 1e-5, 0.25, 20)],
+)
+def test_the_promised_error_of_dp_sgd_calibration(epsilon, delta, rate, steps):
+    multiplier = accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, steps)
+    spent = accounting.pld_epsilon([(multiplier, rate, steps)], delta)
+    assert 0.985 * epsilon <= spent <= epsilon
+
+
+def test_dp_sgd_is_not_accounted_for_below_its_least_delta():
+    least = accounting.MIN_DP_SGD_DELTA
+    lower = accounting.pld_epsilon([(2.0, 0.1, 20)], least)
+    assert accounting.pld_epsilon([(2.0, 0.1, 20)], 10 * least) < lower < math.inf
+    for small in (1e-13, 1e-14, 1e-59):
+        with pytest.raises(ValueError, match="from delta 1e-12 on"):
+            accounting.dp_sgd_epsilon(2.0, small, 0.1, 20)
+        with pytest.raises(ValueError, match="from delta 1e-12 on"):
+            accounting.pld_epsilon([(2.0, 0.1, 20)], small)
+        with pytest.raises(ValueError, match="from delta 1e-12 on"):
+            accounting.dp_sgd_noise_multiplier(1.0, small, 0.1, 20)
+        assert accounting.dp_sgd_epsilon(2.0, small, 1.0, 4) < math.inf  # full batches are one Gaussian
+
+
 def test_dp_sgd_calibration_is_tight_and_safe():
     multiplier = accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.05, 200)
     assert 2.0 * 0.98 <= accounting.dp_sgd_epsilon(multiplier, 1e-5, 0.05, 200, eps_error=0.01) <= 2.0

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from hyperdp_lib import embedding, records
+from hyperdp_lib import cli, embedding, records
 from hyperdp_lib.baselines import controls, latent_diffusion
 from hyperdp_lib.baselines.direct_conditioning import ConditionedDenoiser
 from hyperdp_lib.baselines.dp_embedding_sgd import EmbeddingSGDConfig
@@ -388,3 +389,34 @@ def test_one_class_is_rehearsed_as_an_unlabelled_set(models, private):
     asked = dict(epsilon=1.0, num_private=20, num_classes=1, seed=0)
     scores = tuning.rehearse("dp_deepsets", bench_of(models, private), Tasks(), **asked)
     assert scores["accuracy"] is None and scores["frechet_distance"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("method", "epsilon", "delta", "message"),
+    [
+        ("dp_embedding_sgd", 60.0, 1e-5, "replace_one needs .* take full batches"),
+        ("dp_hybrid", 1.0, 1e-13, "from delta 1e-12 on"),
+        ("dp_layer_search", 1.0, 1e-13, "from delta 1e-12 on"),
+        ("dp_ldm", 1.0, 1e-13, "from delta 1e-12 on"),
+    ],
+)
+def test_budgets_out_of_range_are_one_line_before_a_model_is_loaded(
+    method, epsilon, delta, message, tmp_path, monkeypatch, capsys
+):
+    """By the command, which ends with 2."""
+    monkeypatch.setattr(comparison, "load_models", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(records, "require_commit", lambda _: None)
+    arguments = ["compare", "--private", "digits", "--methods", method, "--epsilon", str(epsilon), "--exact"]
+    arguments += ["--delta", str(delta), "--neighboring-relation", "replace_one", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line) and "too small" not in line
+    assert cli.main(["forecast", "--num-private", "1000", "--method", method, *arguments[5:7], *arguments[8:12]]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_budget_in_range_passes_the_check():
+    for method in METHODS:
+        for relation in ("add_or_remove_one", "replace_one"):
+            comparison.check_budget(method, 8.0, 1e-5, relation, SETTINGS, 1000, 10)
+            comparison.check_budget(method, math.inf, 1e-5, relation, SETTINGS, 1000, 10)

@@ -9,9 +9,9 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from scipy import stats
 
-from hyperdp_lib import accounting
+from hyperdp_lib import accounting, ledger
 from hyperdp_lib.adapter import apply_adapters
-from hyperdp_lib.baselines import dp_lora, dp_sgd
+from hyperdp_lib.baselines import dp_lora, dp_sgd, dp_training
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.data import InputError
 
@@ -385,10 +385,10 @@ def test_biases_change_nothing_before_training_and_are_trained_in_shared_mode():
 
 
 def test_adapters_of_a_seed_are_as_they_were():
-    """Adapters trained before biases could be: the sum of all factors, recorded then."""
+    """The sum of all factors, recorded when noise became double precision, which changed the numbers drawn."""
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     adapter = train(tiny_dit(), images(), labels, DPLoraConfig(r=2, num_steps=3, noise_draws=2), seed=7).adapter
-    assert float(sum(f.double().abs().sum() for f in adapter.parameters())) == pytest.approx(296.01312, rel=1e-5)
+    assert float(sum(f.double().abs().sum() for f in adapter.parameters())) == pytest.approx(296.11907, rel=1e-5)
 
 
 def test_shared_model_is_a_plain_diffusers_model(tmp_path):
@@ -418,7 +418,7 @@ def test_full_batches_spend_the_budget_exactly(relation, mode):
     mu = math.sqrt(steps) * sensitivity / chosen.noise_std
     normal = stats.norm
     spent = normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
-    assert 0.97 * delta < spent <= delta * (1 + 1e-9)
+    assert 0.97 * delta < spent <= 0.99 * delta * (1 + 1e-9)  # the rest is for the end of the noise
 
 
 SAMPLED = dict(expected_batch_size=10, declared_size=100, num_steps=20)
@@ -426,7 +426,7 @@ SAMPLED = dict(expected_batch_size=10, declared_size=100, num_steps=20)
 
 def test_sampled_batches_spend_the_budget():
     chosen = dp_sgd.privacy_plan(2.0, 1e-5, "add_or_remove_one", **SAMPLED)
-    assert chosen.sample_rate == 0.1 and chosen.denominator == pytest.approx(10)
+    assert 0 < chosen.sample_rate - 0.1 < 2**-24 and chosen.denominator == pytest.approx(10)
     assert 1.9 < accounting.dp_sgd_epsilon(chosen.noise_std, 1e-5, 0.1, 20) <= 2.0
 
 
@@ -437,8 +437,9 @@ def test_sampled_replacement_is_a_removal_and_an_addition(monkeypatch):
     for relation in RELATIONS:
         dp_sgd.privacy_plan(2.0, 1e-5, relation, **SAMPLED)
     added, replaced, zeroed = calls
-    assert added == zeroed == (2.0, 1e-5, 0.1, 20)
-    assert replaced[0] == 1.0 and replaced[1] * (1 + math.e) == pytest.approx(1e-5)
+    rate = math.ceil(0.1 * 2**24) / 2**24  # a hundredth of delta is kept for the end of the noise
+    assert added == zeroed == (2.0, 0.99 * 1e-5, rate, 20)
+    assert replaced[0] == 1.0 and replaced[1] * (1 + math.e) == pytest.approx(0.99e-5)
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -475,6 +476,153 @@ def test_training_without_noise_is_certified_as_not_private():
     assert certificate.sentence.startswith("NOT PRIVATE")
 
 
+def law_of_batches(batches, rate, false_alarm=1e-6):
+    """Chi-square of which of three examples are in two batches in turn, 64 cases: is all of it independent at the rate?
+
+    ``batches`` are those of 8000 steps, over three examples.
+    """
+    members = torch.zeros(8000, 3, dtype=torch.long)
+    for row, batch in zip(members, batches, strict=True):
+        row[batch] = 1
+    cases = (members.view(4000, 6) * 2 ** torch.arange(6)).sum(1)
+    ones = np.array([bin(case).count("1") for case in range(64)])
+    expected = 4000 * rate**ones * (1 - rate) ** (6 - ones)
+    observed = torch.bincount(cases, minlength=64).numpy()
+    return ((observed - expected) ** 2 / expected).sum() < stats.chi2(63).ppf(1 - false_alarm)
+
+
+@pytest.mark.parametrize("rate", [0.5, 1 / 3])
+def test_the_law_of_poisson_batches(rate):
+    """Sizes are binomial, and examples and steps independent; false alarm 1e-6."""
+    chosen = plan(sample_rate=rate, num_steps=8000)
+    assert law_of_batches(dp_sgd.poisson_batches(3, chosen, torch.Generator().manual_seed(1)), rate)
+
+
+@pytest.mark.parametrize("mutant", ["fixed size", "the same twice", "epochs", "all or none", "a little more"])
+def test_the_law_of_poisson_batches_sees_mutants(mutant):
+    rng = np.random.default_rng(0)
+    made = []
+    for step in range(8000):
+        coins = rng.random(3) < (0.56 if mutant == "a little more" else 0.5)
+        if mutant == "fixed size":
+            coins = rng.permutation([True, False, step % 2 == 0])
+        if mutant == "all or none":
+            coins = np.full(3, coins[0])
+        if step % 2 and mutant in ("the same twice", "epochs"):
+            coins = made[-1] if mutant == "the same twice" else ~made[-1]
+        made.append(coins)
+    assert not law_of_batches([torch.from_numpy(np.flatnonzero(coins)) for coins in made], 0.5)
+
+
+@pytest.mark.parametrize(("size", "declared"), [(1, 10), (10, 30), (36, 10**9), (2**24 - 0.5, 2**24), (7, 1000.5)])
+def test_no_example_is_drawn_more_often_than_accounted_for(size, declared, monkeypatch):
+    """``torch.rand`` has 24 bits: of its 2**24 values, those below the rate are counted."""
+    rate = dp_sgd.sample_rate(size, declared)
+    assert size / declared <= rate <= size / declared + 2**-24
+    asked = []
+    monkeypatch.setattr("opacus.utils.uniform_sampler.UniformWithReplacementSampler",
+                        lambda **how: asked.append(how["sample_rate"]) or [])  # fmt: skip
+    for accounted in (rate, size / declared, 0.1, 1 / 3):
+        list(dp_sgd.poisson_batches(3, plan(sample_rate=accounted), torch.Generator()))
+        # the sampler compares in single precision, which may round the rate
+        grid = torch.tensor([math.floor(accounted * 2**24) + i for i in range(-2, 3)], dtype=torch.float64)
+        values = (grid[(grid >= 0) & (grid < 2**24)] / 2**24).float()
+        drawn = values[values < asked[-1]].double()
+        assert not len(drawn) or float(drawn.max()) + 2**-24 <= accounted
+    assert asked[0] == rate
+
+
+def test_noise_is_normal_and_ends_where_it_is_said_to():
+    """Kolmogorov-Smirnov, false alarm 1e-6; and the end, from the smallest uniform number there is."""
+    noise = dp_sgd.gaussian_noise((333, 301), torch.Generator().manual_seed(0))
+    assert noise.shape == (333, 301) and noise.dtype == torch.float64
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-6
+    assert stats.pearsonr(*noise.flatten()[:100232].view(2, -1).numpy()).pvalue > 1e-6  # of one pair each
+    assert dp_sgd.gaussian_noise((), torch.Generator()).shape == ()
+    with pytest.MonkeyPatch.context() as patch:
+        ends = torch.tensor([[0.0, 0.0], [1 - 2.0**-53, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        patch.setattr(torch, "rand", lambda *_, **__: ends)
+        longest, next_longest = dp_sgd.gaussian_noise((4,), torch.Generator())[:2].tolist()
+    assert longest == pytest.approx(dp_sgd.NOISE_END) and next_longest == pytest.approx(8.5716, abs=1e-3)
+
+
+@pytest.mark.parametrize(("multiplier", "pairs"), [(0.5, 1), (1.0, 1), (1.0, 50)])
+def test_the_leak_at_the_end_is_bounded(multiplier, pairs, monkeypatch):
+    """Against the exact probability that noise in one reach is out of the other's; coarse, so that it is visible."""
+    monkeypatch.setattr(dp_sgd, "NOISE_END", 3.5)
+    monkeypatch.setattr(dp_sgd, "MAX_NOISED", 2 * pairs)
+    rng = np.random.default_rng(0)
+    move = 1 / multiplier / math.sqrt(pairs)  # spread evenly: the worst way
+    noise = rng.normal(size=(400_000, 2))
+    inside = np.linalg.norm(noise, axis=1) <= 3.5
+    out = inside & (np.linalg.norm(noise + [move, 0], axis=1) > 3.5)
+    error = 5 * math.sqrt(out.mean() / len(out) + 1e-12)
+    assert 0 < pairs * (out.mean() - error) <= dp_sgd.end_leak(multiplier, 1)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("epsilon", [0.01, 1.0, 8.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("delta", [1e-12, 1e-5])
+def test_every_budget_has_a_plan_or_one_helpful_line(relation, epsilon, delta):
+    """Full batches, also of very many images: what is verified afterwards is what was calibrated."""
+    refused = 0
+    for steps in (1, 20, 400):
+        sizes = dict(expected_batch_size=math.inf, declared_size=1e12, num_steps=steps)
+        try:
+            chosen = dp_sgd.privacy_plan(epsilon, delta, relation, **sizes)
+        except InputError as error:
+            refused += 1
+            assert "more steps" in str(error) and "\n" not in str(error)
+            continue
+        assert chosen.sample_rate == 1 and dp_sgd.end_leak(chosen.noise_multiplier, steps) < 0.01 * delta
+        charge = dp_training.dp_sgd_charge(chosen, "run", epsilon, delta, relation)
+        assert 0.99 * epsilon < ledger.ledger_epsilon([charge], delta, relation) <= epsilon
+    assert refused == (3 if epsilon == 1e4 else 0 if epsilon <= 8 else refused)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "relation", "message"),
+    [
+        (1.0, 1e-13, "add_or_remove_one", "from delta 1e-12 on, got 1e-13"),
+        (60.0, 1e-5, "replace_one", "replace_one needs .* take full batches"),
+        (1e6, 1e-5, "replace_one", "replace_one needs .* take full batches"),
+        (30.0, 1e-5, "replace_one", "from delta|replace_one needs|little noise"),
+        (1e-3, 1e-5, "zero_out", "epsilon 0.01 to 100, got 0.001"),
+        (1000.0, 1e-5, "zero_out", "epsilon 0.01 to 100, got 1000"),
+    ],
+)
+def test_sampled_budgets_out_of_range_are_one_helpful_line(epsilon, delta, relation, message, monkeypatch):
+    monkeypatch.setattr(dp_sgd, "_sampled_multiplier", lambda *_: 0.1)  # as huge data sets get
+    with pytest.raises(InputError, match=message) as caught:
+        dp_sgd.privacy_plan(epsilon, delta, relation, expected_batch_size=36, declared_size=1e9, num_steps=100)
+    assert "\n" not in str(caught.value) and "too small" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_example_without_finite_gradient_counts_as_zero(value):
+    """Alone in a parameter of many, alone in the batch, and among others."""
+
+    class Poisoned(dp_sgd.ExampleGradients):
+        def backward(self, *arguments):
+            super().backward(*arguments)
+            self.parameters[3].grad_sample.view(len(arguments[0]), -1)[:1, 0] = value
+
+    for count in (1, 6):
+        moves = []
+        for kind, batch in ((Poisoned, images()[:count]), (dp_sgd.ExampleGradients, images()[1:count])):
+            model, _ = trainee("dit")
+            before = torch.cat([p.detach().clone().flatten() for p in model.parameters])
+            sgd = torch.optim.SGD(model.parameters, lr=1.0)
+            noise = torch.Generator().manual_seed(0)
+            step = dp_sgd.noisy_step(
+                kind(model.model, fixed_loss), sgd, plan(noise_std=1.0), 0.01, noise=noise, draws=torch.Generator()
+            )
+            step([(batch, None)])
+            moves.append(before - torch.cat([p.detach().flatten() for p in model.parameters]))
+        assert torch.isfinite(moves[0]).all()
+        torch.testing.assert_close(*moves, rtol=1e-3, atol=1e-7)
+
+
 def test_batches_are_poisson():
     """Every batch size is binomial; chi-square on the counts of 4000 batches, false alarm 1e-6."""
     generator = torch.Generator().manual_seed(0)
@@ -508,8 +656,9 @@ def test_bad_input_is_one_helpful_line(changes, message):
 
 def test_bad_images_labels_and_settings():
     config = DPLoraConfig(num_steps=1)
-    with pytest.raises(InputError, match="NaN"):
-        train(tiny_dit(), images() * math.nan, None, config, class_names=("a",))
+    for wrong in (math.nan, math.inf, 1e30, 1.01):  # the private value is not quoted
+        with pytest.raises(InputError, match=r"^private_images must be finite floats in \[-1, 1\]: use data"):
+            train(tiny_dit(), torch.full((1, 1, 16, 16), wrong), None, config, class_names=("a",))
     with pytest.raises(InputError, match=r"shape \(N, 1, 16, 16\)"):
         train(tiny_dit(), torch.zeros(6, 3, 16, 16), None, config, class_names=("a",))
     with pytest.raises(InputError, match="differ in length"):

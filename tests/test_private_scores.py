@@ -137,3 +137,16 @@ def test_the_public_end_is_what_the_score_would_read_of_those_images():
     noisy = private_frechet_distance(samples, public, NETWORK, epsilon=HUGE, dimensions=3, seed=0)
     exact = private_scores.clipped_frechet_distance(samples, public, NETWORK, dimensions=3)
     assert exact == pytest.approx(noisy.value, rel=1e-3) and exact > 0.01
+
+
+@pytest.mark.parametrize("wrong", [1e30, 1.01, math.nan, math.inf])
+def test_private_images_out_of_range_are_refused_without_quoting_them(wrong):
+    samples, labels = labelled(20, 0)
+    images = torch.full((4, 1, 16, 16), wrong)
+    for score in (
+        lambda: private_accuracy(samples, labels, images, labels[:4], epsilon=1.0),
+        lambda: private_frechet_distance(samples, images, NETWORK, epsilon=1.0, dimensions=3),
+    ):
+        with pytest.raises(InputError, match="^private_test_images|^private_images") as caught:
+            score()
+        assert not any(digit in str(caught.value).replace("[-1, 1]", "").replace("8-bit", "") for digit in "0123456789")

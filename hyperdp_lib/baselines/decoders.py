@@ -103,8 +103,6 @@ def release_noisy_sum(
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
     private_rows = dp_training.check_private(private_images, private_labels, names)
-    if len(private_images) and float(private_images.abs().amax()) > 1.001:
-        raise InputError("private_images must lie in [-1, 1]: use data.to_model_range on 8-bit images.")
     try:
         noiseless = math.isinf(epsilon) and epsilon > 0
         sums = controls.gaussian_sum(epsilon, config.dimension, len(names), delta, neighboring_relation)

@@ -172,6 +172,7 @@ def train_dp_embedding_sgd(
     """
     names = tuple(class_names)
     dp_lora.check_request(private_images, base_model, names)
+    dp_training.check_private(private_images, private_labels, names)
     dimension = hypernetwork.encoder.config.dimension
     start = torch.zeros(dimension) if public_start is None else public_start.detach().cpu().float()
     if start.shape != (dimension,) or not torch.isfinite(start).all():

@@ -63,6 +63,14 @@ class DPHybridConfig(TrainConfig):
                 f"share must lie strictly between 0 (that is dp_lora) and 1 (that is dp_deepsets), got {self.share}."
             )
 
+    def check_budget(self, epsilon: float, delta: float, neighboring_relation: str, declared_size: float) -> None:
+        """As for DP-SGD alone, whose part of a budget under ``replace_one`` with sampled batches is smaller."""
+        super().check_budget(epsilon, delta, neighboring_relation, declared_size)
+        sampled = dp_sgd.sample_rate(self.expected_batch_size, declared_size) < 1
+        if sampled and neighboring_relation == "replace_one" and math.isfinite(epsilon):
+            kept = 1 - self.share
+            super().check_budget(kept * epsilon, kept * delta, neighboring_relation, declared_size)
+
 
 @dataclass(frozen=True)
 class BudgetSplit:
@@ -118,20 +126,21 @@ def split_budget(
     sizes: dict[str, Any] = dict(
         expected_batch_size=expected_batch_size, declared_size=declared_size, num_steps=num_steps
     )
-    rate = min(1.0, expected_batch_size / declared_size)
+    rate = dp_sgd.sample_rate(expected_batch_size, declared_size)
     if neighboring_relation == "replace_one" and rate < 1:
         sum_delta, sgd_epsilon, sgd_delta = share * delta, (1 - share) * epsilon, (1 - share) * delta
         sum_epsilon = share * epsilon
     else:
-        whole = accounting.noise_multiplier(epsilon, delta)
+        kept = accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
+        whole = accounting.noise_multiplier(epsilon, kept)
         sum_delta = sgd_delta = delta
         sum_epsilon = accounting.epsilon(whole / math.sqrt(share), delta)
-        multiplier = _sgd_multiplier(epsilon, delta, whole, share, rate, num_steps)
+        multiplier = _sgd_multiplier(epsilon, kept, whole, share, rate, num_steps)
         if rate == 1:
-            sgd_epsilon = accounting.epsilon(multiplier / math.sqrt(num_steps), delta)
+            sgd_epsilon = accounting.epsilon(multiplier / math.sqrt(num_steps), kept)
         else:
             # the stricter of two accountants then turns it into a little more noise than `multiplier`
-            sgd_epsilon = accounting.pld_epsilon([(multiplier, rate, num_steps)], delta)
+            sgd_epsilon = accounting.pld_epsilon([(multiplier, rate, num_steps)], kept)
     while True:  # one round as a rule: DP-SGD's own calibration may differ from ours in the last digits
         split = BudgetSplit(sum_epsilon, sum_delta, sgd_epsilon, sgd_delta)
         plan = dp_sgd.privacy_plan(sgd_epsilon, sgd_delta, neighboring_relation, **sizes)
@@ -250,11 +259,12 @@ def train_dp_hybrid(
     started = time.perf_counter()
     names = tuple(class_names)
     dp_lora.check_request(private_images, base_model, names)
-    private_rows = dp_training.check_private(private_images, private_labels, names)
+    if not names:
+        raise InputError("class_names is empty: name the public label set.")
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
-    # refuses a budget out of range; full batches, so that it costs no calibration
-    dp_sgd.privacy_plan(epsilon, delta, neighboring_relation, expected_batch_size=1.0, declared_size=1.0, num_steps=1)
+    config.check_budget(epsilon, delta, neighboring_relation, num_private_declared / len(names))
+    private_rows = dp_training.check_private(private_images, private_labels, names)
     split = split_budget(
         epsilon,
         delta,

@@ -229,6 +229,7 @@ def train_dp_lora(
     """
     names = tuple(class_names)
     check_request(private_images, base_model, names)
+    dp_training.check_private(private_images, private_labels, names)
     per_class = config.mode == "per_class" or len(names) == 1
     lora_models: list[LoraModel] = []
 

@@ -31,7 +31,7 @@ from hyperdp_lib import artefacts, certificate, diffusion
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.baselines.dp_sgd import Gradients, LossFunction, PrivacyPlan
 from hyperdp_lib.certificate import Certificate
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, check_model_range
 from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 from hyperdp_lib.progress import progress_bar
 
@@ -75,6 +75,11 @@ class TrainConfig:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
+
+    def check_budget(self, epsilon: float, delta: float, neighboring_relation: str, declared_size: float) -> None:
+        """Raise `InputError` for a budget out of range; ``declared_size`` is of one trainee. Quick, reads nothing."""
+        rate = dp_sgd.sample_rate(self.expected_batch_size, declared_size)
+        dp_sgd.check_budget(epsilon, delta, neighboring_relation, rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +130,7 @@ def train(
     make_trainee : callable
         From the number of a class (0 when not ``per_class``) to a fresh trainee, from public data alone.
     private_images : Tensor
-        ``(N, C, H, W)`` in [-1, 1].
+        ``(N, C, H, W)``, what the trainee reads. Callers check that pixels lie in [-1, 1] (`check_private`).
     private_labels : Tensor or None
         ``(N,)`` with values in ``0 .. len(class_names) - 1``, or ``None`` for one unlabelled class.
     epsilon, delta, neighboring_relation
@@ -146,7 +151,8 @@ def train(
         Show a bar of steps (their number is public).
     """
     names = tuple(class_names)
-    labels = check_private(private_images, private_labels, names)
+    if not names:
+        raise InputError("class_names is empty: name the public label set.")
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
     plan = dp_sgd.privacy_plan(
@@ -157,6 +163,7 @@ def train(
         declared_size=num_private_declared / (len(names) if per_class else 1),
         num_steps=config.num_steps,
     )
+    labels = check_private(private_images, private_labels, names, pixels=False)  # latents or features, too
     seeds = None if seed is None else torch.Generator().manual_seed(seed)
     loss_function = loss_function or diffusion.denoising_loss
     started = time.perf_counter()
@@ -169,11 +176,13 @@ def train(
     trainees = []
     for label in range(len(names) if per_class else 1):
         trainees.append(make_trainee(label))
+        if plan.noise_std > 0 and (len(names) if per_class else 1) * _size(trainees[-1]) > dp_sgd.MAX_NOISED:
+            raise InputError(f"DP-SGD noises at most {dp_sgd.MAX_NOISED} parameters here: train fewer of them.")
         images, own = (private_images[labels == label], None) if per_class else (private_images, labels)
         gradients = make_gradients(trainees[-1]) if make_gradients and plan.noise_std > 0 else None
         _descend(trainees[-1], images, own, config, plan, seeds, loss_function, gradients, bar.update)
     bar.close()
-    dimension = sum(p.numel() for p in _trained(trainees[0]))
+    dimension = _size(trainees[0])
     return Run(
         tuple(trainees), plan, dimension * len(trainees), dimension, time.perf_counter() - started
     )
@@ -261,14 +270,19 @@ def trainable(model: nn.Module) -> nn.Module:
 
 
 def check_private(
-    private_images: Tensor, private_labels: Tensor | None, class_names: Sequence[str]
+    private_images: Tensor, private_labels: Tensor | None, class_names: Sequence[str], *, pixels: bool = True
 ) -> Tensor:
-    """Labels ``(N,)``, zeros for one unlabelled class; an `InputError` for anything that cannot be trained on."""
+    """Labels ``(N,)``, zeros for one unlabelled class; an `InputError` for anything that cannot be trained on.
+
+    ``pixels``: values must lie in [-1, 1].
+    """
     if private_images.ndim != 4 or not private_images.is_floating_point():
         shape = tuple(private_images.shape)
         raise InputError(f"private_images must be float (N, C, H, W), got {private_images.dtype} {shape}.")
-    if not torch.isfinite(private_images).all():
-        raise InputError("private_images contain NaN or infinity: remove those images.")
+    if pixels:
+        check_model_range(private_images, "private_images")
+    elif not torch.isfinite(private_images).all():
+        raise InputError("what the trainee reads of private images holds NaN or infinity.")
     if not class_names:
         raise InputError("class_names is empty: name the public label set.")
     if private_labels is None:
@@ -302,9 +316,9 @@ def _descend(
     device = parameters[0].device
     adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     if seeds is None:
-        noise, draws, batches = (dp_sgd.secret_generator(where) for where in (device, "cpu", "cpu"))
+        noise, draws, batches = (dp_sgd.secret_generator() for _ in range(3))
     else:
-        noise = torch.Generator(device).manual_seed(_draw_seed(seeds))
+        noise = torch.Generator().manual_seed(_draw_seed(seeds))
         draws = torch.Generator().manual_seed(_draw_seed(seeds))  # `diffusion` draws on the CPU
         batches = seeds
     if plan.noise_std > 0:
@@ -336,6 +350,10 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise InputError("nothing to train: no parameter of the model has requires_grad.")
     return parameters
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in _trained(model))
 
 
 def _batch(

@@ -283,7 +283,6 @@ def train_dp_layer_search(
     dp_lora.check_request(private_images, base_model, names)
     trials = {subset: config.trial(target_modules(subset, base_model)) for subset in config.candidates}
     _check_candidates(trials, base_model, len(names))
-    private_rows = dp_training.check_private(private_images, private_labels, names)
     if num_private_declared < 1:
         raise InputError(f"num_private_declared must be at least 1, got {num_private_declared}.")
     per_class = config.mode == "per_class" or len(names) == 1
@@ -298,6 +297,7 @@ def train_dp_layer_search(
         declared_size=num_private_declared / (len(names) if per_class else 1),
         num_steps=config.num_steps,
     )
+    private_rows = dp_training.check_private(private_images, private_labels, names)
     secret = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
     base_losses = denoising_losses(base_model, private_images, config.score_draws)
     best: tuple[float, str, DPLora, float] | None = None

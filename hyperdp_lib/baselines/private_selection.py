@@ -20,6 +20,11 @@ again, and compare with a search whose delta can be integrated.
 *Ties.* The theorem wants a total order of results. Equal scores happen by rounding only; among them the first wins,
 which is a fair coin because trials are independent and alike.
 
+*The end of the noise.* Under the condition that its noise stays within reach of both neighbours, a trial is as private
+as with Gaussian noise, up to less than any rounding here. A trial breaks it with probability `dp_sgd.end_leak` at most,
+some trial with ``E[K]`` times that. The search so differs from one that keeps the condition by no more, which costs
+``1 + exp(epsilon)`` times it in delta. `search_plan` sees to it that this fits into the 1 % of delta kept for it.
+
 *Not covered.* Timing, and floating-point error in the draw of K, as in the noise of DP-SGD.
 """
 
@@ -130,34 +135,40 @@ def search_plan(
         expected_batch_size=expected_batch_size, declared_size=declared_size, num_steps=num_steps
     )
     plain = dp_sgd.privacy_plan(math.inf, delta, neighboring_relation, **sizes)  # says what is wrong with the sizes
-    if not epsilon > 0 or not 0 < delta < 1:
-        raise InputError(f"need epsilon > 0 (inf: not private) and 0 < delta < 1, got {epsilon} and {delta}.")
+    rate = plain.sample_rate
+    dp_sgd.check_budget(epsilon, delta, neighboring_relation, rate)
     if math.isinf(epsilon):
         return SearchPlan(plain, 0.0, epsilon, delta, neighboring_relation, epsilon, delta)
-    sampled = expected_batch_size < declared_size
+    sampled = rate < 1
     relation = neighboring_relation
     if sampled and relation == "replace_one":  # group privacy for two, as in `dp_sgd.privacy_plan`
-        relation, epsilon, delta = "add_or_remove_one", epsilon / 2, delta / (1 + math.exp(epsilon / 2))
+        relation, (epsilon, delta) = "add_or_remove_one", dp_sgd.one_of_two(epsilon, delta)
     distribution = dict(mean_trials=mean_trials, shape=shape)
-    whole = _gaussian_trial(epsilon, delta, **distribution)
+    kept = accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
+    whole = _gaussian_trial(epsilon, kept, **distribution)
     score_multiplier = whole / math.sqrt(score_share)
     step_multiplier = whole * math.sqrt(num_steps / (1 - score_share))
 
     def plan_of(multiplier: float) -> PrivacyPlan:
-        rate = min(1.0, expected_batch_size / declared_size)
         return PrivacyPlan(multiplier, rate, num_steps, declared_size, 1.0, "")
 
     def fits(plan: PrivacyPlan) -> bool:
-        return search_epsilon(plan, score_multiplier, delta, **distribution) <= epsilon
+        return search_epsilon(plan, score_multiplier, kept, **distribution) <= epsilon
 
     if sampled:
         step_multiplier = _least(lambda m: fits(plan_of(m)), high=step_multiplier)
-        trial_epsilon = accounting.pld_epsilon([(step_multiplier, plan_of(1.0).sample_rate, num_steps)], delta)
+        trial_epsilon = accounting.pld_epsilon([(step_multiplier, rate, num_steps)], kept)
     else:
-        trial_epsilon = accounting.epsilon(step_multiplier / math.sqrt(num_steps), delta)
+        trial_epsilon = accounting.epsilon(step_multiplier / math.sqrt(num_steps), kept)
     while True:  # one round as a rule: the training's own calibration may differ from ours in the last digits
         sgd = dp_sgd.privacy_plan(trial_epsilon, delta, relation, **sizes)
         if fits(sgd):
+            leak = mean_trials * dp_sgd.end_leak(sgd.noise_multiplier, num_steps)
+            if leak * (1 + math.exp(min(epsilon, 700))) > 0.99 * accounting.DP_SGD_RESERVE * delta:
+                raise InputError(
+                    f"epsilon {epsilon:g} leaves a search so little noise that the end of floating-point noise would "
+                    "show: take more steps, or a smaller epsilon."
+                )
             return SearchPlan(sgd, score_multiplier, trial_epsilon, delta, relation, epsilon, delta)
         trial_epsilon *= 0.999
 

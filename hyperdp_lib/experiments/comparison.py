@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from hyperdp_lib import artefacts, data, embedding, records
-from hyperdp_lib.baselines import controls
+from hyperdp_lib.baselines import controls, dp_sgd
+from hyperdp_lib.baselines.dp_training import TrainConfig
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.experiments.methods import METHODS, Bench, Settings, generator_for, public_models_source
 from hyperdp_lib.progress import progress_bar
@@ -103,6 +104,10 @@ def compare(
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, got {jobs}.")
     records.require_commit(out)
+    chosen = settings or found_settings(hypernetwork)
+    budgets = tuple(grid(methods, epsilons, exact=exact, weights=weights_name(hypernetwork)))
+    for method, epsilon in budgets:
+        check_budget(method, epsilon, delta, neighboring_relation, chosen)
     setting = functools.partial(
         _set_up,
         private,
@@ -117,6 +122,7 @@ def compare(
         public_models=public_models,
         pair=pair,
         device=device,
+        budgets=budgets,
     )
     shared = setting()
     labelled = shared.bench.private_train.labels is not None
@@ -203,6 +209,29 @@ def grid(
     return cells
 
 
+def check_budget(
+    method: str,
+    epsilon: float,
+    delta: float,
+    neighboring_relation: str,
+    settings: Settings,
+    num_private: int | None = None,
+    num_classes: int = 1,
+) -> None:
+    """Raise `InputError` for a cell whose budget its method cannot keep; quick, and reads nothing.
+
+    As long as the number of images is not known, only what holds for any is checked.
+    """
+    config = settings.config(method, epsilon) if METHODS[method].default is not None and epsilon > 0 else None
+    if not isinstance(config, TrainConfig):
+        return
+    if num_private is None:
+        dp_sgd.check_budget(epsilon, delta, neighboring_relation)
+        return
+    shared = getattr(config, "mode", "per_class") == "shared"
+    config.check_budget(epsilon, delta, neighboring_relation, num_private / (1 if shared else num_classes))
+
+
 @dataclass(frozen=True, eq=False)
 class _Grid:
     """What all cells share."""
@@ -281,11 +310,21 @@ def _set_up(
     public_models: Callable[[str], tuple[Any, ...]] | None,
     pair: str | None,
     device: str,
+    budgets: Sequence[tuple[str, float]],
 ) -> _Grid:
-    base_model, network, features, found = load_models(hypernetwork, feature_network, device)
+    from hyperdp_lib.pretrained import geometry
+
     weights = weights_name(hypernetwork)
-    side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
+    if isinstance(hypernetwork, tuple):
+        side, channels = (int(getattr(hypernetwork[0].config, name)) for name in ("sample_size", "in_channels"))
+    else:
+        side, channels = geometry(hypernetwork)
     train, test, name = private_sets(private, side, channels)
+    count, classes = num_private or len(train), len(train.class_names or ("one",))
+    for method, epsilon in budgets:  # before a model is loaded
+        tuned = settings or found_settings(hypernetwork)
+        check_budget(method, epsilon, delta, neighboring_relation, tuned, count, classes)
+    base_model, network, features, found = load_models(hypernetwork, feature_network, device)
     if pair is None:
         variant = "-no-lookalikes" if weights == "glyphs" and not lookalikes else ""  # only glyphs have a list of them
         pair = f"{weights}-{name}{variant}" if hypernetwork == weights else name
@@ -405,18 +444,22 @@ def load_models(hypernetwork: Any, feature_network: Any, device: str) -> tuple[A
     """Base model, hypernetwork, feature network, and the settings that ship with them."""
     from hyperdp_lib import pretrained
 
-    found = Settings()
     if isinstance(hypernetwork, tuple):
         base_model, network = hypernetwork
     else:
         base_model, network = pretrained.load_pretrained(hypernetwork, device)
-        folder = pretrained.resolve(hypernetwork)
-        if (folder / SETTINGS_FILE).is_file():
-            found = Settings.from_json((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     if feature_network is None:
         scoring = pretrained.features_file("glyphs" if isinstance(hypernetwork, tuple) else hypernetwork)
         feature_network = embedding.FeatureNetwork.from_pretrained(scoring)
-    return base_model.to(device), network.to(device), feature_network.to(device), found
+    return base_model.to(device), network.to(device), feature_network.to(device), found_settings(hypernetwork)
+
+
+def found_settings(hypernetwork: Any) -> Settings:
+    """The settings that ship with the weights, else the defaults."""
+    from hyperdp_lib.pretrained import resolve
+
+    path = None if isinstance(hypernetwork, tuple) else resolve(hypernetwork) / SETTINGS_FILE
+    return Settings.from_json(path.read_text(encoding="utf-8")) if path and path.is_file() else Settings()
 
 
 def public_data(hypernetwork: Any) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperdp_lib.data import ImageSet, InputError, to_levels
+from hyperdp_lib.data import ImageSet, InputError, check_model_range, to_levels
 from hyperdp_lib.embedding import FeatureNetwork
 
 NOT_DP = "research metric, not DP"
@@ -176,6 +176,7 @@ def predict(samples: Tensor, labels: Tensor, private_test_images: Tensor) -> np.
 
     _check_images(samples, "samples")
     _check_images(private_test_images, "private_test_images")
+    check_model_range(private_test_images, "private_test_images")
     if len(samples) != len(labels):
         raise InputError("images and labels differ in length: give one label for each image.")
     if len(torch.unique(labels)) < 2:
@@ -398,6 +399,4 @@ def _check_images(images: Tensor, name: str) -> None:
     if not torch.isfinite(images).all():
         raise InputError(f"{name} contain NaN or infinity: remove those images.")
     if images.abs().max() > 4.0:  # samples may overshoot a little; bytes read as floats do not
-        raise InputError(
-            f"{name} reach {images.abs().max():.3g}: bring them into [-1, 1] with to_model_range."
-        )
+        raise InputError(f"{name} lie far outside [-1, 1]: bring them there with to_model_range.")

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hyperdp_lib import accounting, embedding, mechanism
-from hyperdp_lib.data import InputError
+from hyperdp_lib.data import InputError, check_model_range
 from hyperdp_lib.ledger import LedgerEntry, gaussian_charge
 from hyperdp_lib.scores import evaluation
 
@@ -117,6 +117,7 @@ def private_frechet_distance(
     dimensions : int
         Directions d; ``1 + d + d (d + 1) / 2`` numbers share the noise.
     """
+    check_model_range(private_images, "private_images")
     ours = _features(network, samples)
     vectors = _clipped(ours, dimensions)
     description = f"noisy clipped Fréchet distance in {dimensions} directions"
