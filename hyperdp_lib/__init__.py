@@ -11,6 +11,7 @@ The modules, in the order in which to read them:
 `glyphs`            the public tasks, rendered from fonts
 `drawings`          public tasks from drawings by people
 `photographs`       public tasks from photographs in colour
+`public_images`     public tasks from images of one's own
 `embedding`         image -> vector of norm at most 1, one example at a time
 `mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
 `accounting`        (epsilon, delta) <-> noise multiplier
@@ -27,6 +28,7 @@ The modules, in the order in which to read them:
 `lora_products`     the batched LoRA products
 `diffusion`         the base denoiser, its loss, sampling
 `training`          public pre-training and meta-training
+`image_training`    weights from public images of one's own, in a given time
 `release`           the one composition of all of the above
 `nested`            a release with as many coordinates as declared size and noise support
 `cells`             several means instead of one, as far as declared size and noise support
@@ -96,6 +98,7 @@ __all__ = [
     "glyphs",
     "hypernetwork",
     "image_files",
+    "image_training",
     "ledger",
     "looks",
     "lora_geometry",
@@ -110,6 +113,7 @@ __all__ = [
     "prior",
     "private_scores",
     "progress",
+    "public_images",
     "records",
     "reference_stats",
     "refinement",

@@ -282,10 +282,13 @@ def _set_up(
     pair: str | None,
     device: str,
 ) -> _Grid:
+    from hyperdp_lib import hypernetwork as hypernetworks
+
     base_model, network, features, found = load_models(hypernetwork, feature_network, device)
     weights = weights_name(hypernetwork)
     side, channels = int(base_model.config.sample_size), int(base_model.config.in_channels)
-    train, test, name = private_sets(private, side, channels)
+    stretch = not isinstance(hypernetwork, tuple) and hypernetworks.stretches(hypernetwork)
+    train, test, name = private_sets(private, side, channels, stretch)
     if pair is None:
         variant = "-no-lookalikes" if weights == "glyphs" and not lookalikes else ""  # only glyphs have a list of them
         pair = f"{weights}-{name}{variant}" if hypernetwork == weights else name
@@ -365,17 +368,17 @@ def _method_names(methods: Iterable[str], weights: str = "glyphs") -> tuple[str,
 
 
 def private_sets(
-    private: str | Path | tuple[ImageSet, ImageSet], side: int = 16, channels: int = 1
+    private: str | Path | tuple[ImageSet, ImageSet], side: int = 16, channels: int = 1, stretch: bool = False
 ) -> tuple[ImageSet, ImageSet, str]:
-    """Training set, test set and name of what `compare` is given."""
+    """Training set, test set and name of what `compare` is given; two image sets are taken as they are."""
     if isinstance(private, tuple):
         return (*private, "private")
     named, *part = str(private).split("/", 1)  # a class of a named set has its own test images, too
     if f"{named}-test" in data.NAMED_DATA_SETS:
         splits = ("/".join([f"{named}{split}", *part]) for split in ("", "-test"))
-        train, test = (data.load_named_or_path(split, side, channels) for split in splits)
+        train, test = (data.load_named_or_path(split, side, channels, stretch=stretch) for split in splits)
         return train, test, "-".join([named, *part]).replace(" ", "-")
-    whole = data.load_named_or_path(private, side, channels)
+    whole = data.load_named_or_path(private, side, channels, stretch=stretch)
     if len(whole) < 5:
         raise InputError("a comparison holds a fifth of the images out for tests: give five or more.")
     kept = _even_order(whole, seed=0)

@@ -232,7 +232,7 @@ def read_half(path: Path) -> dict[str, Tensor]:
 
 def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors") -> Path:
     """The folder of shipped weights called ``name``, or the given folder itself, if it holds the file ``weights``."""
-    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
+    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path), Path(name_or_path) / "weights"):  # of a training
         if (folder / "manifest.json").is_file() and (folder / weights).is_file():
             return folder
     if str(name_or_path) in NON_COMMERCIAL:
@@ -259,6 +259,16 @@ def geometry(name_or_path: str | Path) -> tuple[int, int]:
         return int(config["sample_size"]), int(config["in_channels"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
+
+
+def stretches(name_or_path: str | Path) -> bool:
+    """Whether images are read for these weights with their contrast stretched, see `hyperdp_lib.data.stretched`.
+
+    >>> stretches("glyphs")
+    False
+    """
+    manifest = json.loads((foundation(resolve(name_or_path)) / "manifest.json").read_text(encoding="utf-8"))
+    return bool((manifest.get("public_source") or {}).get("stretch", False))
 
 
 def shipped() -> tuple[str, ...]:
