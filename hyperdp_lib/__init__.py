@@ -75,6 +75,7 @@ __all__ = [
     "experiments",
     "hypernetwork",
     "image_files",
+    "image_training",
     "ledger",
     "looks",
     "lora_geometry",

@@ -86,6 +86,7 @@ def _release(options: argparse.Namespace) -> None:
         class_names=options.classes,
         window=options.window,
         background=options.background,
+        stretch=pretrained.stretches(options.hypernetwork),
     )
     base_model, network = pretrained.load_pretrained(options.hypernetwork)
     ledger: tuple[LedgerEntry, ...] = ()
@@ -138,7 +139,7 @@ def _preview(
 ) -> None:
     """Tell the operator what is about to happen, and ask where somebody can answer; nothing is spent yet."""
     from hyperdp_lib import data, mechanism
-    from hyperdp_lib.preview import likeness_advice, preview
+    from hyperdp_lib.preview import copies_advice, likeness_advice, preview
 
     factor = mechanism.SENSITIVITY_FACTOR[options.neighboring_relation]
     made = preview(
@@ -153,6 +154,7 @@ def _preview(
         demonstration=options.seed is not None,
         earlier=options.out if options.out is not None and options.out.is_dir() else None,
     )
+    made = copies_advice(made, private.images, options.hypernetwork)
     # class folders were named for their owner's eyes; elsewhere the names were given to be published
     unasked = private.class_names is not None and options.classes is None and os.path.isdir(options.images)
     unasked = unasked and options.images.partition("/")[0] not in data.NAMED_DATA_SETS
@@ -346,7 +348,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         kept.check(network)
         scores = _statistics_scores(options, samples, kept, network)
     else:
-        images = data.load_named_or_path(real, *fit)
+        images = data.load_named_or_path(real, *fit, stretch=pretrained.stretches(options.hypernetwork))
         notes += images.notes
         score = _research_scores if options.private is None else _private_score
         scores = score(options, samples, images, network)
@@ -617,13 +619,43 @@ def _forecast(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if (options.preset is None) == (options.public is None):
+        _refuse("give exactly one of --preset (the library's public data) and --public (images of your own)")
     _check_device(options.device)
-    from hyperdp_lib.public import training
+    how = dict(device=options.device, out=options.out, resume=not options.restart, seed=options.seed)
+    if options.public is None:
+        for name in ("size", "channels", "minutes", "licence", "mirror", "no_stretch"):
+            if getattr(options, name):
+                _refuse(f"--{name.replace('_', '-')} is for --public; a preset says it itself")
+        from hyperdp_lib.public import training
 
-    weights = training.train(
-        options.preset, device=options.device, out=options.out, resume=not options.restart, seed=options.seed
-    )
+        weights = training.train(options.preset, **how)
+    else:
+        from hyperdp_lib.public import image_training
+        from hyperdp_lib.public.images import ImageConfig
+
+        config = ImageConfig(
+            tuple(options.public),
+            size=options.size,
+            channels=options.channels,
+            mirror=options.mirror,
+            stretch=not options.no_stretch,
+            licence=options.licence or ImageConfig.licence,
+        )
+        command = _train_command(options)
+        weights = image_training.train_on_images(config, minutes=options.minutes, command=command, tell=_tell, **how)
     print(f"wrote {weights}")
+
+
+def _train_command(options: argparse.Namespace) -> str:
+    """The command for a model card, with names of the sources only: a card tells nobody's folders."""
+    words = ["hyperdp", "train", "--public", *(os.path.basename(os.path.normpath(path)) for path in options.public)]
+    for name in ("size", "channels", "minutes", "licence", "seed"):
+        if getattr(options, name) is not None:
+            value = getattr(options, name)
+            words += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    words += [f"--{name.replace('_', '-')}" for name in ("mirror", "no_stretch") if getattr(options, name)]
+    return shlex.join(words)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -1011,8 +1043,15 @@ def _parser() -> Parser:
     add("--json", action="store_true", help="print everything as JSON")
 
     add = command("train", _train, "train base model, encoder and hypernetwork on public data; resumes")
-    add("--preset", required=True, metavar="NAME", help="for example: glyphs, or the best: glyphs-nested")
-    add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME")
+    add("--preset", metavar="NAME", help="for example: glyphs, or the best: glyphs-nested; this or --public")
+    add("--public", nargs="+", metavar="FOLDER|NPZ", help="public images of your own: folders, of classes or not, .npz")
+    add("--size", type=int, help="of --public: side in pixels, 16 to 64; default: the images' own")
+    add("--channels", type=int, choices=(1, 3), help="of --public: grey or colour; default: the images' own")
+    add("--mirror", action="store_true", help="of --public: a mirrored image is as likely as the image")
+    add("--no-stretch", action="store_true", help="of --public: leave contrast as it is, of private images too")
+    add("--minutes", type=float, help="of --public: time for all the training; default: hours")
+    add("--licence", metavar="TEXT", help="of --public: the images' licence, for the model card")
+    add("--out", type=Path, metavar="DIR", help="weights and checkpoints; default: runs/NAME, or runs/images")
     add("--restart", action="store_true", help="begin anew rather than resume")
     add("--seed", type=int, metavar="N", help="of all the training; default: the preset's, 0")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")

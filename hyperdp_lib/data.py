@@ -15,6 +15,7 @@ Bad input raises :class:`InputError`, whose message is one line saying what is w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ __all__ = [
     "resize",
     "save_grid",
     "save_npz",
+    "stretched",
     "to_channels",
     "to_model_range",
     "to_uint8",
@@ -62,6 +64,8 @@ _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 NAMED_DATA_SETS = tuple(f"{name}{part}" for name in ("digits", *DATA_SETS) for part in ("", "-test"))
 # ITU-R BT.601 luma, what Pillow's mode "L" uses.
 _LUMA = (0.299, 0.587, 0.114)
+# Shares of an image's levels at which `stretched` puts black and white, and the least distance that is stretched.
+_DARKEST, _BRIGHTEST, _LEAST_SPAN = 0.02, 0.98, 8
 # Bounds the float working memory of a resize without slowing small images down.
 _VALUES_AT_ONCE = 2**24
 
@@ -262,6 +266,50 @@ def to_channels(images: Tensor, channels: int, background: str = "white") -> Ten
     raise InputError(f"cannot turn {images.shape[1]} channels into {channels}: give grey or RGB images")
 
 
+def stretched(images: Tensor) -> Tensor:
+    """Images whose contrast is stretched, each by itself: its 2nd percentile becomes black and its 98th white.
+
+    The rule is public and looks at one image at a time, never at others. So it is part of the encoder, in effect: a
+    release's sensitivity is what it is without. Weights record whether their public images were stretched; private ones
+    are read for them in the same way.
+
+    Parameters
+    ----------
+    images
+        ``(N, C, H, W)`` float in ``[-1, 1]``. The channels of an image share one rule, which keeps its colours.
+
+    Returns
+    -------
+    Tensor
+        ``(N, C, H, W)`` float32 in ``[-1, 1]``, on the 8-bit grid. An image of (nearly) one level stays as it is.
+
+    Examples
+    --------
+    >>> grey = torch.linspace(-0.5, 0.0, 256).view(1, 1, 16, 16)
+    >>> [round(value, 2) for value in (stretched(grey).min().item(), stretched(grey).max().item())]
+    [-1.0, 1.0]
+    """
+    parts = []
+    for part in images.split(4096):
+        levels = to_levels(part).float()
+        ordered = levels.flatten(1).sort(1).values
+        last = ordered.shape[1] - 1
+        places = math.floor(_DARKEST * last), math.ceil(_BRIGHTEST * last)
+        low, high = (ordered[:, place, None, None, None] for place in places)
+        span = high - low
+        new = ((levels - low) * (255.0 / span.clamp_min(1.0))).round().clamp(0, 255)
+        parts.append(from_levels(torch.where(span >= _LEAST_SPAN, new, levels)))
+    return torch.cat(parts) if parts else images
+
+
+def _with_contrast(read: ImageSet, stretch: bool) -> ImageSet:
+    """The set itself, or with each image's contrast stretched and a note that says so."""
+    if not stretch:
+        return read
+    note = "stretched each image's contrast, as these weights' public images (2nd to 98th percentile)"
+    return dataclasses.replace(read, images=stretched(read.images), notes=(*read.notes, note))
+
+
 def load_images(
     path: str | os.PathLike[str],
     image_size: int = 16,
@@ -271,6 +319,7 @@ def load_images(
     class_names: Sequence[str] | None = None,
     window: tuple[float, float] | None = None,
     background: str = "white",
+    stretch: bool = False,
 ) -> ImageSet:
     """Read a folder of images, a folder of class sub-folders, or an ``.npz``.
 
@@ -296,6 +345,8 @@ def load_images(
         16-bit files; levels beyond are clamped. None: the range of the files' format.
     background
         What transparent images are laid over: ``"white"`` or ``"black"``.
+    stretch
+        Whether each image's contrast is stretched, see :func:`stretched`: as the weights say for which they are read.
 
     Returns
     -------
@@ -310,7 +361,7 @@ def load_images(
     """
     path = Path(path)
     declared = _check_reading(labelled, class_names, window, background)
-    fit = partial(_fit, image_size=image_size, channels=channels, background=background)
+    fit = partial(fit_levels, image_size=image_size, channels=channels, background=background)
     if not path.exists():
         raise InputError(f"no such file or folder: {shown(path)}; give a folder of images or an .npz")
     if path.is_dir():
@@ -321,13 +372,14 @@ def load_images(
         raise InputError(f"{shown(path)} is a single image; give the folder that holds the images")
     else:
         raise InputError(f"{shown(path)} is neither a folder nor an .npz; give a folder of images or an .npz")
-    return ImageSet(
+    read = ImageSet(
         images=to_model_range(files.images),
         labels=None if files.labels is None else torch.as_tensor(files.labels.astype(np.int64)),
         class_names=files.class_names,
         notes=_notes(files, image_size, channels, background),
         warnings=files.warnings,
     )
+    return _with_contrast(read, stretch)
 
 
 def _check_reading(
@@ -352,6 +404,7 @@ def load_named_or_path(
     class_names: Sequence[str] | None = None,
     window: tuple[float, float] | None = None,
     background: str = "white",
+    stretch: bool = False,
 ) -> ImageSet:
     """A named data set (one of ``NAMED_DATA_SETS``) or whatever :func:`load_images` reads, with the same options.
 
@@ -373,14 +426,17 @@ def load_named_or_path(
     whole, _, wanted = name.partition("/")
     if whole not in NAMED_DATA_SETS or (not wanted and name != whole):
         require_source(name)
-        options = dict(labelled=labelled, class_names=class_names, window=window, background=background)
+        options = dict(
+            labelled=labelled, class_names=class_names, window=window, background=background, stretch=stretch
+        )
         return load_images(name, image_size, channels, **options)  # type: ignore[arg-type]
     declared = _check_reading(labelled, class_names, window, background)
     if window is not None:
         raise InputError(f"{whole} has 8-bit images, in their own range; leave out --window (window=)")
     base, split = whole.removesuffix("-test"), "test" if whole.endswith("-test") else "train"
     named = digits(split, image_size) if base == "digits" else _external(base, split, image_size, channels)
-    images, names = to_channels(named.images, channels), named.class_names or ()
+    named = _with_contrast(dataclasses.replace(named, images=to_channels(named.images, channels)), stretch)
+    images, names = named.images, named.class_names or ()
     if wanted:
         if declared is not None:
             raise InputError(f"{name} has no labels; leave the classes out")
@@ -437,7 +493,7 @@ def digits(split: str = "train", image_size: int = 16) -> ImageSet:
     index = np.sort(parts[0 if split == "train" else 1])
     levels = np.rint(source.images[index] * (255.0 / 16.0)).astype(np.uint8)
     return ImageSet(
-        images=to_model_range(_fit(levels[..., None], image_size, channels=1)),
+        images=to_model_range(fit_levels(levels[..., None], image_size, channels=1)),
         labels=torch.as_tensor(source.target[index].astype(np.int64)),
         class_names=_DIGIT_NAMES,
         notes=() if image_size == 8 else (_resize_note([(8, 8)], image_size),),
@@ -452,7 +508,7 @@ def _external(name: str, split: str, image_size: int, channels: int) -> ImageSet
     if DATA_SETS[name].caveat:
         notes.append(f"{name}: {DATA_SETS[name].caveat}")
     return ImageSet(
-        images=to_model_range(_fit(stored.images, image_size, channels)),
+        images=to_model_range(fit_levels(stored.images, image_size, channels)),
         labels=torch.as_tensor(stored.labels),
         class_names=stored.class_names,
         notes=tuple(notes),
@@ -490,7 +546,7 @@ def save_grid(path: str | os.PathLike[str], image_set: ImageSet, columns: int = 
     write_png(Path(path), to_uint8(sheet)[0].repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def _fit(images: np.ndarray, image_size: int, channels: int, background: str = "white") -> np.ndarray:
+def fit_levels(images: np.ndarray, image_size: int, channels: int, background: str = "white") -> np.ndarray:
     """uint8 ``(N, H, W, C)`` of any size to uint8 ``(N, image_size, image_size, channels)``, in chunks."""
     if images.shape[1:] == (image_size, image_size, channels):
         return images

@@ -7,12 +7,14 @@ the public training measured on its tasks: priors, cells, a feature network for 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -28,6 +30,7 @@ from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
 WEIGHTS = Path(__file__).parent / "weights"
 NON_COMMERCIAL = ("photographs", "photographs-latent")  # in the repository, not in the package
 PRIORS_FILE = "priors.safetensors"  # of means of public data sets, see hyperdp_lib.prior
+COPIES_FILE = "public_images.safetensors"  # hashes of the public images, where they were one's own
 CELLS_FILE = "cells.safetensors"  # centroids, see hyperdp_lib.cells
 
 
@@ -40,6 +43,17 @@ def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetw
         write_half(folder / f"{name}.safetensors", state)
     shapes = {"encoder": asdict(hypernetwork.encoder.config), "hypernetwork": asdict(hypernetwork.config)}
     (folder / "manifest.json").write_text(json.dumps({**shapes, **manifest}, indent=2) + "\n")
+
+
+def image_hashes(levels: Tensor) -> np.ndarray:
+    """Hashes (N,) int64 of images (N, C, H, W) uint8: the same for the same pixels, and by chance hardly ever.
+
+    >>> one = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    >>> len(set(image_hashes(torch.cat([one, one, one + 1])).tolist()))
+    2
+    """
+    rows = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in levels.contiguous().numpy())
+    return np.frombuffer(b"".join(rows), dtype="<i8").astype(np.int64)
 
 
 def write_half(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -55,7 +69,7 @@ def read_half(path: Path) -> dict[str, Tensor]:
 
 def resolve(name_or_path: str | Path, weights: str = "hypernetwork.safetensors") -> Path:
     """The folder of shipped weights called ``name``, or the given folder itself, if it holds the file ``weights``."""
-    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path)):
+    for folder in (WEIGHTS / str(name_or_path), Path(name_or_path), Path(name_or_path) / "weights"):  # of a training
         if (folder / "manifest.json").is_file() and (folder / weights).is_file():
             return folder
     if str(name_or_path) in NON_COMMERCIAL:
@@ -82,6 +96,16 @@ def geometry(name_or_path: str | Path) -> tuple[int, int]:
         return int(config["sample_size"]), int(config["in_channels"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"the models in {str(folder)!r} are damaged ({type(error).__name__}): train again") from error
+
+
+def stretches(name_or_path: str | Path) -> bool:
+    """Whether images are read for these weights with their contrast stretched, see `hyperdp_lib.data.stretched`.
+
+    >>> stretches("glyphs")
+    False
+    """
+    manifest = json.loads((foundation(resolve(name_or_path)) / "manifest.json").read_text(encoding="utf-8"))
+    return bool((manifest.get("public_source") or {}).get("stretch", False))
 
 
 def shipped() -> tuple[str, ...]:

@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hyperdp_lib import accounting
 from hyperdp_lib.artefacts import CERTIFICATE_FILE
 from hyperdp_lib.certificate import Certificate
-from hyperdp_lib.data import ImageSet
+from hyperdp_lib.data import ImageSet, to_levels
 from hyperdp_lib.ledger import gaussian_charge, ledger_epsilon
-from hyperdp_lib.pretrained import geometry, resolve, shipped
+from hyperdp_lib.pretrained import COPIES_FILE, geometry, image_hashes, resolve, shipped
 
 LARGE_EPSILON, SMALL_EPSILON = 10.0, 2.0
 UNLIKE = 1.3  # error on private images over that on a model's own samples, from which on they are called unlike
@@ -166,6 +168,21 @@ def likeness_advice(
             facts.append(f"weights: these images are unlike theirs ({on_these / on_own:.1f} times the error on those)")
     facts.append(f"recommended: {shlex.join(recommended(source, options, len(private_images), nearest))}")
     return replace(made, facts=tuple(facts))
+
+
+def copies_advice(made: Preview, private_images: Tensor, weights: str) -> Preview:
+    """The preview with a warning if images are exactly among those that the weights were trained on.
+
+    ``private_images`` (N, C, H, W) are as read for the weights, before black and white are swapped.
+    """
+    file = resolve(weights) / COPIES_FILE
+    if not file.is_file():
+        return made
+    known = int(np.isin(image_hashes(to_levels(private_images)), load_file(str(file))["hashes"].numpy()).sum())
+    if not known:
+        return made
+    text = f"{known} of these images are among the public ones of {weights!r}: no release protects what is public"
+    return replace(made, advice=(*made.advice, text))
 
 
 def recommended(source: str, options: Mapping[str, Any], count: int, nearest: str | None) -> list[str]:

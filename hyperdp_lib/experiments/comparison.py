@@ -312,14 +312,15 @@ def _set_up(
     device: str,
     budgets: Sequence[tuple[str, float]],
 ) -> _Grid:
-    from hyperdp_lib.pretrained import geometry
+    from hyperdp_lib.pretrained import geometry, stretches
 
     weights = weights_name(hypernetwork)
     if isinstance(hypernetwork, tuple):
         side, channels = (int(getattr(hypernetwork[0].config, name)) for name in ("sample_size", "in_channels"))
     else:
         side, channels = geometry(hypernetwork)
-    train, test, name = private_sets(private, side, channels)
+    stretch = not isinstance(hypernetwork, tuple) and stretches(hypernetwork)
+    train, test, name = private_sets(private, side, channels, stretch)
     count, classes = num_private or len(train), len(train.class_names or ("one",))
     for method, epsilon in budgets:  # before a model is loaded
         tuned = settings or found_settings(hypernetwork)
@@ -404,17 +405,17 @@ def _method_names(methods: Iterable[str], weights: str = "glyphs") -> tuple[str,
 
 
 def private_sets(
-    private: str | Path | tuple[ImageSet, ImageSet], side: int = 16, channels: int = 1
+    private: str | Path | tuple[ImageSet, ImageSet], side: int = 16, channels: int = 1, stretch: bool = False
 ) -> tuple[ImageSet, ImageSet, str]:
-    """Training set, test set and name of what `compare` is given."""
+    """Training set, test set and name of what `compare` is given; two image sets are taken as they are."""
     if isinstance(private, tuple):
         return (*private, "private")
     named, *part = str(private).split("/", 1)  # a class of a named set has its own test images, too
     if f"{named}-test" in data.NAMED_DATA_SETS:
         splits = ("/".join([f"{named}{split}", *part]) for split in ("", "-test"))
-        train, test = (data.load_named_or_path(split, side, channels) for split in splits)
+        train, test = (data.load_named_or_path(split, side, channels, stretch=stretch) for split in splits)
         return train, test, "-".join([named, *part]).replace(" ", "-")
-    whole = data.load_named_or_path(private, side, channels)
+    whole = data.load_named_or_path(private, side, channels, stretch=stretch)
     if len(whole) < 5:
         raise InputError("a comparison holds a fifth of the images out for tests: give five or more.")
     kept = _even_order(whole, seed=0)

@@ -42,6 +42,7 @@ from hyperdp_lib.pretrained import CELLS_FILE, load_pretrained, write_half
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.public.drawings import DrawingConfig
 from hyperdp_lib.public.glyphs import GlyphConfig
+from hyperdp_lib.public.images import ImageConfig
 from hyperdp_lib.public.photographs import PhotographConfig
 
 STAGES = ("features", "encoder", "base", "joint")
@@ -49,7 +50,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TaskSource(Protocol):
-    """Where public tasks come from: `glyphs`, `drawings`, `photographs`, or a source of one's own."""
+    """Where public tasks come from: `glyphs`, `drawings`, `photographs`, `public_images`, or a source of one's own."""
 
     @property
     def num_classes(self) -> int:
@@ -89,7 +90,7 @@ class StageConfig:
 class Preset:
     """Everything that decides the trained weights (public)."""
 
-    public_data: GlyphConfig | DrawingConfig | PhotographConfig = field(default_factory=GlyphConfig)
+    public_data: GlyphConfig | DrawingConfig | PhotographConfig | ImageConfig = field(default_factory=GlyphConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     base: BaseModelConfig = field(default_factory=BaseModelConfig)
     hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
@@ -575,6 +576,21 @@ def adapted_loss(base: nn.Module, adapter: Adapter, images: Tensor, g: torch.Gen
         return denoising_loss(base, images.flatten(0, 1), g).mean()
 
 
+def joint_loss(
+    preset: Preset, base: nn.Module, hypernetwork: HyperNetwork, pool: TaskPool, g: torch.Generator, device: str
+) -> tuple[Tensor, dict]:
+    """One step of stage 4: the loss under the adapters of simulated sums, some of them switched off."""
+    pool.refresh()
+    config = preset.joint_stage
+    images, codes, sizes, noise_std = pool.draw_codes(preset, config.tasks, config.images, g)
+    adapter = hypernetwork.generate(hypernetwork.simulate(codes, sizes, noise_std, g).to(device))
+    off = torch.rand(config.tasks, generator=g).to(device) < preset.adapter_off
+    factors = {name: (a, b * ~off[:, None, None]) for name, (a, b) in adapter.factors.items()}
+    adapter = Adapter(adapter.lora_config, adapter.geometry, factors, adapter.names)
+    value = adapted_loss(base, adapter, from_levels(images.to(device)), g)
+    return value, {"loss": value.detach()}
+
+
 def train_joint(
     preset: Preset,
     source: TaskSource,
@@ -600,14 +616,7 @@ def train_joint(
         seen = hypernetwork.simulate(codes, sizes, torch.full((len(unseen),), 3.73), fixed)
 
         def loss(step: int) -> tuple[Tensor, dict]:
-            pool.refresh()
-            images, codes, sizes, noise_std = pool.draw_codes(preset, config.tasks, config.images, g)
-            adapter = hypernetwork.generate(hypernetwork.simulate(codes, sizes, noise_std, g).to(device))
-            off = torch.rand(config.tasks, generator=g).to(device) < preset.adapter_off
-            factors = {name: (a, b * ~off[:, None, None]) for name, (a, b) in adapter.factors.items()}
-            adapter = Adapter(adapter.lora_config, adapter.geometry, factors, adapter.names)
-            value = adapted_loss(base, adapter, from_levels(images.to(device)), g)
-            return value, {"loss": value.detach()}
+            return joint_loss(preset, base, hypernetwork, pool, g, device)
 
         def check() -> dict:
             again = torch.Generator().manual_seed(1)

@@ -26,6 +26,7 @@ from hyperdp_lib.pretrained import foundation, resolve, save_pretrained
 from hyperdp_lib.public import nested
 from hyperdp_lib.public.drawings import DrawingConfig
 from hyperdp_lib.public.glyphs import GlyphConfig
+from hyperdp_lib.public.images import ImageConfig, save_hashes
 from hyperdp_lib.public.photographs import PhotographConfig
 from hyperdp_lib.public.stages import (
     PRESETS,
@@ -51,12 +52,14 @@ def train(
     resume: bool = True,
     stages: tuple[str, ...] = STAGES,
     seed: int | None = None,
+    command: str | None = None,
 ) -> Path:
     """Train everything of a preset; returns the folder of weights, loadable by ``load_pretrained``.
 
     Stopped, it continues from its checkpoints when run again. ``stages`` runs some stages only (``base`` and
     ``encoder`` do not need each other and may run side by side); the weights are written after ``joint``.
     ``seed``, of all the training, replaces the preset's; public characters are held out by the data's own.
+    ``command`` is what made a preset that has no name, for the model card.
     """
     name = preset if isinstance(preset, str) else "custom"
     if name == "glyphs-nested":
@@ -102,7 +105,7 @@ def train(
         nested.tabulate(hypernetwork, base, preset, held_out)
     if rank()[0] == 0:
         features.name += f"-{tensors_sha256(features.state_dict())[:8]}"  # other features than those that ship
-        write_weights(name, preset, source, out, base, hypernetwork, features, device)
+        write_weights(name, preset, source, out, base, hypernetwork, features, device, command)
     return out / "weights"
 
 
@@ -116,7 +119,9 @@ def _join(device: str) -> str:
     return str(state.device)
 
 
-_SOURCES = {"glyphs": GlyphConfig, "drawings": DrawingConfig, "photographs": PhotographConfig}
+_SOURCES = {
+    "glyphs": GlyphConfig, "drawings": DrawingConfig, "photographs": PhotographConfig, "images": ImageConfig,
+}  # fmt: skip
 
 
 def _plain(value: Any) -> str:
@@ -132,7 +137,7 @@ def source_manifest(public_data: Any) -> dict[str, Any]:
     return {"kind": kind, **json.loads(json.dumps(asdict(public_data), default=_plain))}
 
 
-def public_source(name_or_path: str | Path) -> GlyphConfig | DrawingConfig | PhotographConfig:
+def public_source(name_or_path: str | Path) -> GlyphConfig | DrawingConfig | PhotographConfig | ImageConfig:
     """What weights, shipped or one's own, were trained on, as their manifest says; no file of images is read.
 
     Raises
@@ -147,11 +152,13 @@ def public_source(name_or_path: str | Path) -> GlyphConfig | DrawingConfig | Pho
         what = "name no public data" if kind is None else f"were trained on a source of one's own ({kind})"
         raise InputError(f"the weights {str(name_or_path)!r} {what}: give their public tasks from Python as tasks=.")
     try:
-        config = _SOURCES[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+        config: Any = _SOURCES[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
     except TypeError as error:
         raise InputError(f"the public source in {str(folder / 'manifest.json')!r} is not readable: {error}.") from error
     for needed in getattr(config, "data_sets", ()):
         data_sets.require(needed)
+    if isinstance(config, ImageConfig):
+        config.require()
     return config
 
 
@@ -164,16 +171,16 @@ def write_weights(
     hypernetwork: HyperNetwork,
     features: FeatureNetwork,
     device: str,
+    command: str | None = None,
 ) -> None:
     """The folder that ships: base, encoder, hypernetwork, feature network, manifest and model card."""
     import platform
 
     from hyperdp_lib.artefacts import folder_sha256, library_versions
 
-    command: str | None
     folder = out / "weights"
     logs = {}
-    for stage in STAGES:
+    for stage in (*STAGES, "codes") if preset.nested else STAGES:
         state = torch.load(out / f"{stage}.pt", weights_only=True)
         config: StageConfig = getattr(preset, f"{stage}_stage")
         logs[stage] = {
@@ -182,9 +189,8 @@ def write_weights(
             "images_per_second": round(config.rate(state["step"], state["seconds"])),
             "last": json.loads(state["history"])[-1],
         }
-    command = f"hyperdp train --preset {name}" + (f" --seed {preset.seed}" if preset.seed else "")
-    if name not in PRESETS:
-        command = None  # made from Python, by settings that have no name
+    if name in PRESETS:  # else made from Python, by settings that have no name
+        command = f"hyperdp train --preset {name}" + (f" --seed {preset.seed}" if preset.seed else "")
     device_name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
     manifest = {
         "name": name,
@@ -202,6 +208,8 @@ def write_weights(
         manifest |= nested.manifest(hypernetwork)
     save_pretrained(folder, base.cpu(), hypernetwork.cpu(), manifest)
     features.cpu().save(folder / "features.safetensors")
+    if isinstance(preset.public_data, ImageConfig):
+        save_hashes(folder, preset.public_data)
     add_public_tables(folder, source, num_tasks=min(2000, max(100, 2 * preset.pool_tasks)))
     checksums = {k: v for k, v in folder_sha256(folder).items() if k not in ("README.md", "manifest.json")}
     (folder / "README.md").write_text(model_card(manifest, checksums))
@@ -210,7 +218,10 @@ def write_weights(
 def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     """What the weights are, made of what, by which command."""
     side, channels = (manifest["preset"]["encoder"][key] for key in ("image_size", "channels"))
-    pixels = f"{side} x {side} " + ("colour images" if channels == 3 else "grey images, white on black")
+    own = manifest["public_source"]["kind"] == "images"
+    grey = "grey images" if own else "grey images, white on black"
+    pixels = f"{side} x {side} " + ("colour images" if channels == 3 else grey)
+    pixels += ", each image's contrast stretched" * manifest["public_source"].get("stretch", False)
     limits = manifest["public_data"].get("limits", "Made for single drawn characters and simple drawings")
     rows = "\n".join(
         f"| {stage} | {log['steps']} | {log['seconds'] / 60:.0f} min | {log['images_per_second']} | {log['last']} |"
@@ -219,6 +230,7 @@ def model_card(manifest: dict, checksums: dict[str, str]) -> str:
     sums = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(checksums.items()))
     joint, base = (manifest["stages"][stage]["images_per_second"] for stage in ("joint", "base"))
     share = joint / max(base, 1)
+    minutes = sum(log["seconds"] for log in manifest["stages"].values()) / 60
     made = f"`{manifest['command']}`" if manifest["command"] else "From Python, by the preset in `manifest.json`"
     return f"""# Weights `{manifest["name"]}`
 
@@ -226,7 +238,7 @@ Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and fea
 
 - **Data.** {manifest["public_data"]["text"]}
 - **Licence.** {manifest["public_data"].get("licence", "that of your public images; the source states none")}.
-- **Made.** {made} (seed {manifest["preset"]["seed"]}, {manifest["device"]}).
+- **Made.** {made} (seed {manifest["preset"]["seed"]}, {minutes:.0f} minutes of stages, {manifest["device"]}).
 - **Use.** `hyperdp release IMAGES --hypernetwork FOLDER ...`, this folder; {pixels}.
 - **Limits.** {limits}. Half precision.
 
