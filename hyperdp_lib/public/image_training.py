@@ -176,11 +176,11 @@ def preset_for(config: ImageConfig, seed: int = 0) -> Preset:
 
 def sized(preset: Preset, made: Plan) -> Preset:
     """The preset with the plan's steps and pool."""
-    stages: dict[str, Any] = {
+    lengths: dict[str, Any] = {
         f"{name}_stage": dataclasses.replace(getattr(preset, f"{name}_stage"), steps=steps)
         for name, steps in made.steps.items()
     }
-    return dataclasses.replace(preset, pool_tasks=made.pool_tasks, **stages)
+    return dataclasses.replace(preset, pool_tasks=made.pool_tasks, **lengths)
 
 
 def plan(preset: Preset, rates: Rates, minutes: float | None) -> Plan:
@@ -237,7 +237,7 @@ def measure(preset: Preset, device: str = "cpu") -> Rates:
         loop = Loop("joint", [(base.requires_grad_(True), 0.5), (network, 1.0)], one.joint_stage, out, one.precision)
         loop.run(lambda step: stages.joint_loss(one, base, network, pool, g, device), every=one.joint_stage.steps)
 
-    stages: dict[str, Callable[[Preset, Path], Any]] = {
+    trials: dict[str, Callable[[Preset, Path], Any]] = {
         "features": features_stage,
         "encoder": lambda one, out: stages.train_encoder(one, source, out, device),
         "base": lambda one, out: stages.train_base(one, source, out, device),
@@ -251,8 +251,8 @@ def measure(preset: Preset, device: str = "cpu") -> Rates:
         drawn = to_levels(source.sample_tasks(count, preset.pool_images, g))
         stages.embedded(network.codes, drawn, device)
         task = (time.perf_counter() - started) / count
-        for name in progress_bar(stages, desc="timing the stages"):
-            step[name] = _seconds_per_step(stages[name], name, small)
+        for name in progress_bar(trials, desc="timing the stages"):
+            step[name] = _seconds_per_step(trials[name], name, small)
     step["codes"] = step["features"] * _images(preset.codes_stage) / _images(preset.features_stage)
     with torch.no_grad():
         images = from_levels(drawn.flatten(0, 1)[: preset.joint_stage.tasks].to(device))
