@@ -48,6 +48,8 @@ The modules, in the order in which to read them:
 `forecast`          what to expect of a release, from public data alone
 `records`           result records with provenance
 `report`            records -> tables and sentences
+`marks`             which methods of a table differ, with a false-alarm rate for all of it
+`front_page`        the results of the README and of the page with all of them
 `winners`           who wins at each budget and number of images, and where DP-SGD overtakes
 `evidence`          records -> checks of a claim, place by place
 `claims`            what was claimed, and whether the records bear it out
@@ -93,6 +95,7 @@ __all__ = [
     "evidence",
     "figures",
     "forecast",
+    "front_page",
     "glyphs",
     "hypernetwork",
     "image_files",
@@ -100,6 +103,7 @@ __all__ = [
     "looks",
     "lora_geometry",
     "lora_products",
+    "marks",
     "mechanism",
     "mobilenet",
     "nested",
