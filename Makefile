@@ -1,7 +1,7 @@
 # make book   set up .venv, build the executed book            (first run: minutes; again: quick)
 # make test   set up .venv and .venv-sweep, lint, types, tests, notebooks
 # make sweep  run what is missing of the grid in workflow/config.yaml; ARGS=-n: say what that is; ARGS=summary: how much is done
-# make results-table   rewrite the results table of README.md from book/results
+# make results-table   rewrite the results of README.md and of book/all_results.md from book/results
 # make notebooks       run the notebooks, refresh their checked text, drop all other output
 # make clean  remove what the other targets made, environments included; records in runs/ stay
 
@@ -76,7 +76,7 @@ sweep: $(READY) $(SWEEP_READY)
 	@$(HYPERDP_SNAKEMAKE) $(ARGS) --profile workflow/profiles/laptop --config python=$(BIN)/python
 
 results-table: $(READY)
-	$(call step,writing the results table into README.md,$(BIN)/python -m hyperdp_lib.pages.report README.md)
+	$(call step,writing the results into README.md and book/all_results.md,$(BIN)/python -m hyperdp_lib.pages.front_page)
 
 clean:
 	rm -rf $(VENV) $(SWEEP_VENV) .snakemake _build .mypy_cache .ruff_cache .pytest_cache .hypothesis hyperdp.egg-info

@@ -75,7 +75,6 @@ __all__ = [
     "experiments",
     "hypernetwork",
     "image_files",
-    "image_training",
     "ledger",
     "looks",
     "lora_geometry",

@@ -1,13 +1,20 @@
-"""Result records: one small JSON file for each cell of a comparison, with its provenance.
+"""Result records: one for each cell of a comparison, with its provenance.
 
-The book reads records and nothing else, so a record says by itself what was run, on what, and from which
-commit. It never names a machine, a user or a folder outside the working directory.
+The book reads records and nothing else, so a record says what was run, on what, and from which commit. It never names
+a machine, a user or a folder outside the working directory.
+
+Records have two forms, and whoever reads them here reads both. While a comparison runs, each cell is a JSON file,
+written whole and last. Published, each pair of public and private data is one file of lines, ``PAIR.jsonl``, sorted so
+that a new seed is a new line. Equal provenance is kept once, in ``provenance.json``; a line names its id.
+``python -m hyperdp_lib.records runs/mine book/results`` merges the first form into the second.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -29,7 +36,43 @@ from hyperdp_lib.data import InputError
 if TYPE_CHECKING:  # importing pandas costs a second, and writing a record does not need it
     import pandas as pd
 
+PROVENANCE_FILE, TRIALS_FILE = "provenance.json", "tuning.jsonl"
+# sheets of samples that are published: those that a page shows at its own parameters
+SHEETS = {
+    "README.md": (
+        "glyphs-digits-no-lookalikes_real_epsinf_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_dp_deepsets_looks_refined_eps1_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_dp_lora_eps1_n1437_seed0.png",
+    ),
+    "notebooks/05_private_lora_diffusion.ipynb": (
+        "glyphs-digits-no-lookalikes_dp_deepsets_eps1_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_dp_lora_eps1_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_nearest_public_eps1_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_lora_non_private_epsinf_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_real_epsinf_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_public_only_eps0_n1437_seed0.png",
+    ),
+    "notebooks/08_reproduced_vs_reported.ipynb": (
+        "drawings-fashion-mnist-T-shirt_dp_deepsets_eps1_n128_seed0.png",
+        "drawings-fashion-mnist-T-shirt_dp_lora_eps1_n128_seed0.png",
+        "drawings-mnist-3_dp_deepsets_eps1_n128_seed0.png",
+        "drawings-mnist-3_dp_lora_eps1_n128_seed0.png",
+        "drawings-mnist-all_dp_deepsets_eps1_n128_seed0.png",
+        "drawings-mnist-all_dp_lora_eps1_n128_seed0.png",
+        "glyphs-digits-3-no-lookalikes_dp_deepsets_eps1_n128_seed0.png",
+        "glyphs-digits-3-no-lookalikes_dp_lora_eps1_n128_seed0.png",
+        "glyphs-digits-all-no-lookalikes_dp_deepsets_eps1_n128_seed0.png",
+        "glyphs-digits-all-no-lookalikes_dp_lora_eps1_n128_seed0.png",
+        "glyphs-fashion-mnist-T-shirt-no-lookalikes_dp_deepsets_eps1_n128_seed0.png",
+        "glyphs-fashion-mnist-T-shirt-no-lookalikes_dp_lora_eps1_n128_seed0.png",
+        "photographs-cifar10-jpeg-all_dp_deepsets_eps1_n128_seed0.png",
+        "photographs-cifar10-jpeg-all_dp_lora_eps1_n128_seed0.png",
+        "photographs-cifar10-jpeg-horse_dp_deepsets_eps1_n128_seed0.png",
+        "photographs-cifar10-jpeg-horse_dp_lora_eps1_n128_seed0.png",
+    ),
+}  # fmt: skip
 _CELL = ("pair", "method", "epsilon", "num_private")
+_TRIAL = "*_candidate*_set*.json"  # of the search for settings, while it runs
 # of the repository: what a record's numbers come from
 _CODE = ("hyperdp_lib", "benchmarks", "data_scripts")
 
@@ -144,16 +187,116 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_records(folder: str | Path) -> Iterator[Record]:
-    """All records below a folder, sorted by path; other JSON files (audits, forecasts) are skipped."""
+    """All records below a folder, in either form, sorted by path; other JSON files (audits, forecasts) are skipped."""
     if not Path(folder).is_dir():
         raise InputError(f"no folder {folder}: make records with `hyperdp compare` first.")
-    for path in sorted(Path(folder).rglob("*.json")):
+    for path in sorted(Path(folder).rglob("*.json*")):
+        if path.suffix == ".jsonl":
+            yield from (Record.from_json(json.dumps(line)) for line in _read_lines(path) if "pair" in line)
+        elif path.suffix == ".json":
+            content = _parse(path.read_text(encoding="utf-8"), path)
+            if isinstance(content, dict) and {"pair", "method", "scores", "settings"} <= content.keys():
+                yield Record.from_json(json.dumps(content))
+
+
+def read_trials(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """Every trial of the search for settings below a folder, in either form, with its name as ``trial``.
+
+    A name says method, budget, candidate and rehearsal: ``dp_mepf_eps1_candidate0_set1``.
+    """
+    for path in sorted(Path(folder).rglob("*.json*")):
+        if path.name == TRIALS_FILE:
+            yield from _read_lines(path)
+        elif path.match(_TRIAL):
+            yield {"trial": path.stem, **_parse(path.read_text(encoding="utf-8"), path)}
+
+
+def publish(folder: str | Path, results: str | Path) -> list[Path]:
+    """The files written: records, trials and shown sheets (`SHEETS`) below a folder, merged into the published form.
+
+    Parameters
+    ----------
+    folder : path
+        Records as `hyperdp compare` or a sweep wrote them, trials as `experiments.tuning` did. It is left as it is.
+    results : path
+        Published records; made if it is not there. A cell that is published already is replaced.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to publish, or a record names no commit and the folder is one of the repository.
+    """
+    results = Path(results)
+    records, trials = list(read_records(folder)), list(read_trials(folder))
+    if not records and not trials:
+        raise InputError(f"no record and no trial in {folder}: make some with `hyperdp compare` first.")
+    shared = _read_provenance(results)
+    files: dict[str, str] = {}
+    by_pair: dict[str, list[Record]] = {}
+    for record in records:
+        by_pair.setdefault(record.pair, []).append(record)
+    for pair, new in sorted(by_pair.items()):
+        path = results / f"{pair}.jsonl"
+        old = [Record.from_json(json.dumps(line)) for line in _read_lines(path)] if path.is_file() else []
+        cells = {record.name(): record for record in (*old, *new)}
+        ordered = sorted(cells.values(), key=_place)
+        files[path.name] = "".join(_line(dataclasses.asdict(record), shared) for record in ordered)
+    if trials:
+        path = results / TRIALS_FILE
+        named = {trial["trial"]: trial for trial in (*(_read_lines(path) if path.is_file() else ()), *trials)}
+        files[path.name] = "".join(_line(named[name], shared) for name in sorted(named))
+    told = ",\n".join(f' "{key}": {json.dumps(shared[key], ensure_ascii=False)}' for key in sorted(shared))
+    files = {PROVENANCE_FILE: f"{{\n{told}\n}}\n", **files}  # first: it is refused where a commit is missing
+    for name, text in files.items():
+        write_atomically(results / name, text)
+    shown = {name for names in SHEETS.values() for name in names}
+    sheets = [path for path in sorted(Path(folder).rglob("*.png")) if path.name in shown]
+    for path in sheets:
+        artefacts.write_atomic(results / path.name, path.read_bytes())
+    return [results / name for name in (*files, *(path.name for path in sheets))]
+
+
+def _place(record: Record) -> tuple[str, float, int, int]:
+    """Where a record stands among the lines of its pair."""
+    budget = math.inf if record.epsilon is None else record.epsilon
+    return record.method, budget, record.num_private, record.seed
+
+
+def _line(content: Mapping[str, Any], shared: dict[str, Any]) -> str:
+    """One published line; what its provenance has in common with others goes to ``shared``, by id."""
+    own = dict(content.get("provenance", {}))
+    started = {"started": own.pop("started")} if "started" in own else {}
+    text = json.dumps(own, sort_keys=True, ensure_ascii=False)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    shared[key] = own
+    line = {**content, "provenance": {"id": key, **started}}
+    return json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a published file, each with its whole provenance."""
+    shared = _read_provenance(path.parent)
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = _parse(text, f"line {number} of {path}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}): delete it and run its command again.") from error
-        if isinstance(content, dict) and {"pair", "method", "scores", "settings"} <= content.keys():
-            yield Record.from_json(json.dumps(content))
+            key = line["provenance"].pop("id")
+            line["provenance"] = {**shared[key], **line["provenance"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            where = f"line {number} of {path}"
+            raise InputError(f"{where} has no provenance in {PROVENANCE_FILE}: publish it again.") from error
+        yield line
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    path = folder / PROVENANCE_FILE
+    return _parse(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
+
+
+def _parse(text: str, where: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}): delete it and run its command again.") from error
 
 
 def load_records(folder: str | Path) -> pd.DataFrame:
@@ -286,3 +429,22 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Publish the records of a folder."""
+    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.records", description=main.__doc__)
+    parser.add_argument("folder", help="records as they were run, e.g. runs/mine")
+    parser.add_argument("results", nargs="?", default="book/results", help="published records; default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        written = publish(options.folder, options.results)
+    except InputError as error:
+        print(f"records: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(f"written: {path}" for path in written))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

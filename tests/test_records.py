@@ -1,17 +1,21 @@
 """Records round-trip, are written whole or not at all, and name no machine."""
 
-import hashlib
+import io
 import json
 import math
 import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
 import pytest
 
 from hyperdp_lib import records
 from hyperdp_lib.data import InputError
+from hyperdp_lib.pages import figures, report, winners
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results"
 
@@ -160,28 +164,112 @@ def commits(content):
 def test_every_record_names_a_commit_of_the_history():
     if records._git("rev-parse", "--is-shallow-repository") != "false":
         pytest.skip("the history is not here")
-    history = records._git("rev-list", "HEAD").split()
-    known = {commit[:12] for commit in history}
+    known = {commit[:12] for commit in records._git("rev-list", "HEAD").split()}
     wrong = []
-    trials = json.loads((RESULTS / "tuning" / "provenance.json").read_text(encoding="utf-8"))["entered"]
-    assert trials.keys() <= set(history) and sum(map(len, trials.values())) <= 194  # none is added
-    entered = {}
-    for commit, names in trials.items():
-        tree = records._git("ls-tree", commit, "book/results/tuning/").splitlines()
-        blobs = {line.split("/")[-1]: line.split()[2] for line in tree}
-        entered |= {name: blobs[name] for name in names}
     for path in sorted(RESULTS.rglob("*.json")):
-        name, text = path.relative_to(RESULTS).as_posix(), path.read_bytes()
-        if name == "tuning/provenance.json" or name.startswith("settings/"):  # settings are given, not measured
+        name, content = path.relative_to(RESULTS).as_posix(), json.loads(path.read_text(encoding="utf-8"))
+        if name.startswith("settings/"):  # settings are given, not measured
             continue
-        found = commits(json.loads(text))
-        if not found and name.startswith("tuning/"):
-            blob = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()
-            if entered.get(path.name) == blob:
-                continue
+        if name == records.PROVENANCE_FILE:  # of all that is a line of a file
+            for key, one in content.items():
+                assert one.get("commit", one.get("entered"))[:12] in known, key
+            continue
+        found = commits(content)
         if not found or not all(re.fullmatch("[0-9a-f]{12,40}", one) and one[:12] in known for one in found):
             wrong.append(name)
     assert wrong == TO_BE_MADE_AGAIN
+    assert all(re.fullmatch("[0-9a-f]{12}", record.provenance["commit"]) for record in records.read_records(RESULTS))
+
+
+def test_trials_without_a_commit_are_those_that_entered_the_history_with_the_one_they_name():
+    if records._git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("the history is not here")
+    old = [trial for trial in records.read_trials(RESULTS) if "commit" not in trial["provenance"]]
+    assert len(old) <= 156  # none is added
+    asked = [f"{trial['provenance']['entered']}:book/results/tuning/{trial['trial']}.json" for trial in old]
+    done = subprocess.run(
+        ["git", "cat-file", "--batch"], cwd=RESULTS, input="\n".join(asked).encode(), capture_output=True, check=True
+    )
+    answer = io.BytesIO(done.stdout)
+    for trial in old:
+        size = int(answer.readline().split()[2])
+        said = {name: trial.pop(name) for name in ("trial", "provenance")}
+        assert json.loads(answer.read(size + 1)) == trial, said
+
+
+def test_published_records_are_the_running_ones(tmp_path):
+    """Merged twice, a new seed is one more line; provenance is kept once, whatever started when."""
+    running, results = tmp_path / "running", tmp_path / "results"
+    where = records.provenance("hyperdp compare")
+    made = [
+        record(epsilon=epsilon, seed=seed, provenance={**where, "started": f"at {seed}"})
+        for epsilon in (10.0, None, 0.5) for seed in (1, 0)
+    ]  # fmt: skip
+    for one in (*made, record(pair="p-q", provenance={})):
+        one.save(running)
+    trial = {"method": "dp_mepf", "epsilon": 1.0, "scores": {"frechet_distance": 3.0}, "provenance": where}
+    (running / "trials").mkdir()
+    (running / "trials" / "dp_mepf_eps1_candidate0_set0.json").write_text(json.dumps(trial))
+    (running / records.SHEETS["README.md"][0]).write_bytes(b"shown")
+    (running / "other.png").write_bytes(b"not shown")
+    written = {path.name for path in records.publish(running, results)}
+    assert written == {path.name for path in results.iterdir()} == {
+        "glyphs-digits.jsonl", "p-q.jsonl", "tuning.jsonl", "provenance.json", records.SHEETS["README.md"][0]
+    }  # fmt: skip
+    *lines, other = records.read_records(results)
+    assert lines == sorted(made, key=lambda one: (one.epsilon or math.inf, one.seed)) and other.pair == "p-q"
+    assert list(records.read_trials(results)) == [{"trial": "dp_mepf_eps1_candidate0_set0", **trial}]
+    assert len(json.loads((results / "provenance.json").read_text())) == 2  # that of the records and none
+    before = (results / "glyphs-digits.jsonl").read_text().splitlines()
+    record(epsilon=10.0, seed=7, provenance=where).save(tmp_path / "more")
+    record(epsilon=0.5, scores={"accuracy": 0.9}, provenance=where).save(tmp_path / "more")  # made again
+    assert records.main([str(tmp_path / "more"), str(results)]) == 0
+    after = (results / "glyphs-digits.jsonl").read_text().splitlines()
+    assert [line for line in before if line not in after] == before[:1] and len(after) == len(before) + 1
+    assert next(records.read_records(results)).scores == {"accuracy": 0.9}
+
+
+def test_what_cannot_be_published_is_one_line_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder in ("absent", "empty"):
+        assert records.main([str(tmp_path / folder), str(tmp_path / "results")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    record(provenance={**records.provenance("c"), "commit": "abc-dirty"}).save(tmp_path / "dirty")
+    before = (RESULTS / "provenance.json").stat()
+    with pytest.raises(InputError, match="not committed"):
+        records.publish(tmp_path / "dirty", RESULTS)
+    assert (RESULTS / "provenance.json").stat() == before and not (tmp_path / "results").exists()
+    record().save(tmp_path / "running")
+    records.publish(tmp_path / "running", tmp_path / "published")
+    (tmp_path / "published" / "provenance.json").unlink()
+    with pytest.raises(InputError, match="line 1 of .* has no provenance"):
+        records.load_records(tmp_path / "published")
+
+
+@pytest.mark.parametrize("page", [page for page in records.SHEETS if page.endswith(".ipynb")])
+def test_a_page_shows_the_sheets_that_are_published_for_it(page, monkeypatch):
+    """The cells of a chapter that read sheets are run with the chapter's own parameters."""
+    shown = []
+    monkeypatch.setattr(plt, "imread", lambda path: shown.append(path.name))
+    monkeypatch.setattr(plt, "show", lambda: None)
+    monkeypatch.setattr(figures, "pictures", lambda pictures: None)
+    sources = [cell.source for cell in nbformat.read(RESULTS.parents[1] / page, as_version=4).cells]
+    (chosen,) = [source for source in sources if source.startswith("epsilon: float = ")]
+    namespace = {
+        "math": math, "plt": plt, "folder": RESULTS, "table": records.load_records(RESULTS),
+        "pair": report.MAIN_PAIR, "results_folder": lambda: RESULTS,
+        **{module.__name__.split(".")[-1]: module for module in (figures, records, report, winners)},
+    }  # fmt: skip
+    exec(chosen, namespace)
+    for source in sources:
+        if "plt.imread" in source:
+            exec(source, namespace)
+    assert sorted(shown) == sorted(records.SHEETS[page])
+
+
+def test_no_other_sheet_is_published():
+    shown = {name for names in records.SHEETS.values() for name in names}
+    assert {path.name for path in RESULTS.glob("*.png")} == shown
 
 
 def test_a_cell_on_record_twice_counts_once(tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from hyperdp_lib.data import InputError
 from hyperdp_lib.pages import figures, report
 from hyperdp_lib.records import Record, load_records
 
@@ -114,20 +113,6 @@ def test_select_keeps_epsilon_zero_and_infinity_apart(folder: Path) -> None:
     assert report.select(table, PAIR, epsilon=0.0).empty
 
 
-def test_readme_table_is_replaced_between_its_markers(folder: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:start -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8")
-    assert report.main([str(readme), "--records", str(folder)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| DP-SGD LoRA | 0.21 ± 0.01 ▼ |" in text
-    report.main([str(readme), "--records", str(folder)])
-    assert readme.read_text(encoding="utf-8") == text
-    readme.write_text("no markers", encoding="utf-8")
-    with pytest.raises(InputError, match="put the two markers"):
-        report.main([str(readme), "--records", str(folder)])
-
-
 def test_training_table_reads_the_manifest() -> None:
     stage = {"tasks": 64, "images": 8}
     last = {"step": 4000, "seconds": 600, "loss": 0.25, "held_out": 0.24, "held_out_no_adapter": 0.32}
@@ -165,8 +150,8 @@ def test_every_method_has_a_label_and_a_colour_of_its_own() -> None:
 
 
 def test_sets_stand_side_by_side_marked_against_one_method(folder: Path) -> None:
-    for seed, distance in enumerate((50.0, 60.0)):
-        for method, shift in (("dp_deepsets", 0), ("dp_mepf", 1), ("dp_ldm", -40)):
+    for seed, distance in enumerate((50.0, 52.0)):
+        for method, shift in (("dp_deepsets", 0), ("dp_mepf", 1), ("dp_ldm", -30)):
             scores = {"accuracy": None, "frechet_distance": distance + shift}
             Record("p-other", method, 1.0, 1e-5, "add_or_remove_one", 100, seed, scores=scores).save(folder)
     Record("p-other", "dp_lora", 1.0, 1e-5, "add_or_remove_one", 7, 0, scores=scores).save(folder)
@@ -175,10 +160,10 @@ def test_sets_stand_side_by_side_marked_against_one_method(folder: Path) -> None
     assert report.sets_table(table, pairs, (1.0, math.inf, 1.0), **asked).splitlines() == [
         "| method | digits, ε = 1 | digits, ε = ∞ | others, ε = 1 | others, ε = ∞ |",
         "|---|---:|---:|---:|---:|",
-        "| DP-DeepSets | 419.0 ± 1.4 | 418.0 ± 1.4 | 55.0 ± 7.1 | – |",
+        "| DP-DeepSets | 419.0 ± 1.4 | 418.0 ± 1.4 | 51.0 ± 1.4 | – |",
         "| DP-SGD LoRA | 479.0 ± 1.4 ▼ | – | – | – |",
-        "| DP-LDM | – | – | 15.0 ± 7.1 ▲ | – |",
-        "| DP-MEPF | – | – | 56.0 ± 7.1 | – |",  # not told apart
+        "| DP-LDM | – | – | 21.0 ± 1.4 ▲ | – |",
+        "| DP-MEPF | – | – | 52.0 ± 1.4 | – |",  # not told apart
     ]
     off = report.sets_table(table, pairs, (8.0, math.inf), **asked).splitlines()
     assert off[0] == "| method | digits, ε = ∞ | others, ε = ∞ |"
@@ -205,18 +190,6 @@ def test_standing_names_who_beats_ours(folder: Path) -> None:
     same = report.standing(table, "accuracy", "dp_deepsets", ["dp_deepsets"], 1.0)
     assert same.endswith("not told apart by these seeds are DP-DeepSets (0.81 ± 0.01).")
     assert report.standing(table, "accuracy", "dp_deepsets", others, 4.0).endswith("nothing on record for DP-DeepSets.")
-
-
-def test_the_results_keep_different_numbers_of_private_images_apart(folder: Path) -> None:
-    scores = {"accuracy": 0.3, "frechet_distance": 90.0}
-    Record(PAIR, "dp_deepsets", 1.0, 1e-5, "add_or_remove_one", 12, 0, scores=scores).save(folder)
-    text = report.results_block(load_records(folder), PAIR)
-    assert "| DP-DeepSets | 0.81 ± 0.01 | 0.82 ± 0.01 |" in text and "### 100 labelled digits" in text
-    assert text.endswith(
-        "### 12 labelled digits\n\nIn all, the classes together. Seeds: 1.\n\n"
-        "| method | ε | downstream accuracy | Fréchet distance |\n|---|---:|---:|---:|\n"
-        "| DP-DeepSets | 1 | 0.30 | 90.0 |"
-    )
 
 
 def _lever(lever: str, training: int, *distances: float, **more: list[float]) -> dict:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.pages.report import METHOD_LABELS, budget, numbers, order, select, value
+from hyperdp_lib.records import read_trials
 
 # methods whose whole private part is noisy sums of embeddings, mostly one; their records name no accountant
 _SUMS = (
@@ -105,7 +106,9 @@ def missing_command(
     data_set: str = "digits",
     seeds: int = 3,
 ) -> str:
-    """The command that makes the cells that are not on record, as Markdown; what is on record is not run again.
+    """The commands that make the cells that are not on record, as Markdown, and publish them.
+
+    What is on record at the same methods and budgets is made again and takes the place of the old.
 
     Parameters
     ----------
@@ -131,10 +134,11 @@ def missing_command(
     at = " ".join(f"{epsilon:g}" for epsilon in sorted({epsilon for _, epsilon, _ in missing}))
     command = (
         f"hyperdp compare --private {data_set} --methods {asked} --epsilon {at} --num-private {num_private} "
-        f"--seeds {seeds} --out book/results"
+        f"--seeds {seeds} --out runs/missing"
     )
     total = len(set(methods)) * len(budgets) * seeds
-    return f"{absent} of {total} cells are not on record. This makes them:\n\n```bash\n{command}\n```"
+    made = f"```bash\n{command}\npython -m hyperdp_lib.records runs/missing book/results\n```"
+    return f"{absent} of {total} cells are not on record. This makes them:\n\n{made}"
 
 
 def certificate_block(certificate: Certificate) -> str:
@@ -242,10 +246,9 @@ def properties_table(made: Mapping[str, tuple[Any, Certificate]], scores: pd.Dat
 def trials_table(folder: str | Path) -> str:
     """The search for settings, from its trial records: candidates, rehearsals and the best score, as Markdown."""
     groups: dict[tuple[str, float], dict[str, list[dict]]] = {}
-    for path in sorted(Path(folder).rglob("*_candidate*_set*.json")) if Path(folder).is_dir() else ():
-        trial = json.loads(path.read_text(encoding="utf-8"))
+    for trial in read_trials(folder):
         epsilon = math.inf if trial["epsilon"] is None else float(trial["epsilon"])
-        candidate = path.stem.rsplit("_set", 1)[0]
+        candidate = trial["trial"].rsplit("_set", 1)[0]
         groups.setdefault((trial["method"], epsilon), {}).setdefault(candidate, []).append(trial)
     if not groups:
         return "*No trials on record: `python -m hyperdp_lib.experiments.tuning` makes them.*"

@@ -1,22 +1,18 @@
 """Records -> tables and sentences, so that no number in the book or the README is typed by hand.
 
-`python -m hyperdp_lib.pages.report README.md` rewrites the results table between the two markers of that file.
 All scores are research metrics: they are computed on private test data and are not differentially private.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hyperdp_lib.data import InputError
-from hyperdp_lib.records import load_records
+from hyperdp_lib.pages import marks
 
 # method -> what the reader sees, in the order of every table and legend
 METHOD_LABELS = {
@@ -103,7 +99,6 @@ _LOGGED = {
     "held_out_error": "squared error on held-out tasks",
     "held_out_unlabelled": "without labels",
 }
-_START, _END = "<!-- results:start -->", "<!-- results:end -->"
 
 
 def select(
@@ -149,7 +144,7 @@ def no_record(scores: pd.DataFrame, epsilon: float) -> str:
 
 def value(scores: pd.DataFrame, score: str) -> str:
     """Mean and standard deviation over the given rows as text, `0.86 ± 0.01`; a dash if there is none."""
-    known = _known(scores, score)
+    known = on_record(scores, score)
     if known.empty:
         return "–"
     digits = 1 if score == "frechet_distance" else 2
@@ -170,10 +165,10 @@ def score_table(scores: pd.DataFrame, pair: str, score: str, *, against: str | N
         `"accuracy"`, `"frechet_distance"`, `"precision"` or `"recall"`. Methods without it (a classifier has no
         Fréchet distance) get no row.
     against
-        Method that the others are marked against in every column, see `mark`.
+        Method that the others are marked against in every column, see `marks`.
     """
     chosen = select(scores, pair)
-    chosen = chosen.loc[_known(chosen, score).index]
+    chosen = chosen.loc[on_record(chosen, score).index]
     if chosen.empty:
         return f"*No {score_name(score)} of {pair} on record: `hyperdp compare` makes records.*"
     places = {budget(epsilon): select(chosen, pair, epsilon=epsilon) for epsilon in sorted(set(chosen["epsilon"]))}
@@ -196,7 +191,7 @@ def sets_table(
     pairs
         Public-private pair -> name of its columns.
     against
-        Method that the others are marked against in every column, see `mark`.
+        Method that the others are marked against in every column, see `marks`.
     """
     chosen = scores[(scores["num_private"] == num_private) & scores["pair"].isin(tuple(pairs))]
     if chosen.empty:
@@ -222,24 +217,19 @@ def seeds_range(scores: pd.DataFrame, pairs: Iterable[str]) -> tuple[int, int]:
 
 def _side_by_side(head: str, places: Mapping[str, pd.DataFrame], score: str, against: str | None) -> str:
     """A row per method, a column per place."""
+    rows = [{method: place[place["method"] == method] for method in set(place["method"])} for place in places.values()]
+    found: list[dict[str, str]] = [{} for _ in rows]
+    if against is not None:
+        values = [{method: on_record(mine, score) for method, mine in column.items()} for column in rows]
+        found = marks.marks(values, against, [score] * len(rows))
     lines = [f"| {' | '.join([head, *places])} |", "|---|" + "---:|" * len(places)]
-    for method in order({method for place in places.values() for method in place["method"]}):
-        cells = []
-        for place in places.values():
-            mine, other = (place[place["method"] == one] for one in (method, against))
-            cells.append(value(mine, score) + ("" if method == against else mark(mine, other, score)))
+    for method in order({method for column in rows for method in column}):
+        cells = [
+            value(column[method], score) + marked.get(method, "") if method in column else "–"
+            for column, marked in zip(rows, found, strict=True)
+        ]
         lines.append(f"| {' | '.join([METHOD_LABELS.get(method, method), *cells])} |")
     return "\n".join(lines)
-
-
-def mark(mine: pd.DataFrame, other: pd.DataFrame, score: str) -> str:
-    """` ▲` or ` ▼`: mine are better or worse than the other rows; empty: not told apart, or not on record.
-
-    Judged as in `comparison_sentence`.
-    """
-    if _known(mine, score).empty or _known(other, score).empty:
-        return ""
-    return {"better": " ▲", "worse": " ▼"}.get(_verdict(mine, other, score), "")
 
 
 def settings_table(scores: pd.DataFrame, columns: Mapping[str, str]) -> str:
@@ -267,54 +257,6 @@ def commands(scores: pd.DataFrame) -> str:
     if "provenance.command" not in scores.columns:
         return "*No records.*"
     return "\n".join(["```bash", *dict.fromkeys(scores["provenance.command"].dropna()), "```"])
-
-
-def results_block(scores: pd.DataFrame, pair: str = MAIN_PAIR, ours: str = "dp_deepsets") -> str:
-    """What the README says about the results: the paper's regime, one small unlabelled set; then two tables of the
-    largest number of private images, and one for each smaller number. Others are marked against ours."""
-    everything = select(scores, pair)
-    if everything.empty:
-        return f"*No records of {pair} yet: `hyperdp compare` makes them.*"
-    *fewer, most = sorted(set(everything["num_private"]))
-    chosen = select(everything, pair, num_private=most)
-    groups: tuple[tuple[str, Mapping[str, str], str], ...] = (
-        ("fonts and pen strokes (`glyphs`)", GLYPH_SETS, ""),
-        ("drawings by people (`drawings`)", DRAWING_SETS, f" {NUMERALS_NOTE}"),
-        ("photographs (`photographs`)", PHOTOGRAPH_SETS, ""),
-    )
-    return "\n\n".join(
-        [
-            f"### One unlabelled set of {FEW} images, ε = 1",
-            *(
-                f"Public data: {name}; {seeds_range(scores[scores['epsilon'] == 1.0], pairs)[1]} seeds.{note}\n\n"
-                f"{sets_table(scores, pairs, (1.0,), against=ours)}"
-                for name, pairs, note in groups
-            ),
-            f"### {most:,} labelled digits",
-            *(score_table(chosen, pair, score, against=ours) for score in ("frechet_distance", "accuracy")),
-            f"Seeds: {chosen['seed'].nunique()}.",
-            *(_few(select(everything, pair, num_private=size), size) for size in reversed(fewer)),
-        ]
-    )
-
-
-def _few(scores: pd.DataFrame, size: int) -> str:
-    """One table for a small number of private images: a row for each method and budget."""
-    lines = [
-        f"### {size:,} labelled digits",
-        "",
-        f"In all, the classes together. Seeds: {scores['seed'].nunique()}.",
-        "",
-        "| method | ε | downstream accuracy | Fréchet distance |",
-        "|---|---:|---:|---:|",
-    ]
-    for method in order(set(scores["method"])):
-        for epsilon, cell in scores[scores["method"] == method].groupby("epsilon"):
-            lines.append(
-                f"| {METHOD_LABELS.get(method, method)} | {budget(epsilon)} "
-                f"| {value(cell, 'accuracy')} | {value(cell, 'frechet_distance')} |"
-            )
-    return "\n".join(lines)
 
 
 def training_table(manifest: Mapping[str, Any]) -> str:
@@ -362,8 +304,8 @@ def comparison_sentence(scores: pd.DataFrame, score: str, ours: str, other: str,
     our_label, other_label = METHOD_LABELS.get(ours, ours), METHOD_LABELS.get(other, other)
     name = score_name(score)
     where = f"At ε = {epsilon_label(epsilon)}"
-    if _known(mine, score).empty or _known(theirs, score).empty:
-        missing = our_label if _known(mine, score).empty else other_label
+    if on_record(mine, score).empty or on_record(theirs, score).empty:
+        missing = our_label if on_record(mine, score).empty else other_label
         return f"{where} there is no {name} on record for {missing}."
     judged = _verdict(mine, theirs, score)
     verdict = f"{our_label} is {judged}" if judged in ("better", "worse") else judged
@@ -383,7 +325,7 @@ def verdicts(scores: pd.DataFrame, score: str, ours: str, other: str) -> str:
     for epsilon in sorted(set(scores["epsilon"])):
         at_epsilon = scores[scores["epsilon"] == epsilon]
         mine, theirs = (at_epsilon[at_epsilon["method"] == method] for method in (ours, other))
-        if not _known(mine, score).empty and not _known(theirs, score).empty:
+        if not on_record(mine, score).empty and not on_record(theirs, score).empty:
             found.setdefault(_verdict(mine, theirs, score), []).append(budget(epsilon))
     start = f"{score_name(score).capitalize()}, {our_label} against {other_label}"
     if not found:
@@ -401,12 +343,12 @@ def standing(scores: pd.DataFrame, score: str, ours: str, others: Iterable[str],
     mine = at_epsilon[at_epsilon["method"] == ours]
     our_label = METHOD_LABELS.get(ours, ours)
     where = f"{score_name(score).capitalize()} at ε = {epsilon_label(epsilon)}"
-    if _known(mine, score).empty:
+    if on_record(mine, score).empty:
         return f"{where}: nothing on record for {our_label}."
     found: dict[str, list[str]] = {}
     for method in others:
         theirs = at_epsilon[at_epsilon["method"] == method]
-        known = not _known(theirs, score).empty
+        known = not on_record(theirs, score).empty
         judged = _verdict(theirs, mine, score) if known else "not on record"
         numbers = f" ({value(theirs, score)})" if known else ""
         found.setdefault(judged, []).append(METHOD_LABELS.get(method, method) + numbers)
@@ -510,7 +452,7 @@ def score_name(score: str) -> str:
 
 def _verdict(mine: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
     """One of `_VERDICTS`; both sides have the score."""
-    return _judge(_known(mine, score), _known(theirs, score), score)
+    return _judge(on_record(mine, score), on_record(theirs, score), score)
 
 
 def _judge(mine: pd.Series, theirs: pd.Series, score: str) -> str:
@@ -551,32 +493,7 @@ def numbers(column: pd.Series) -> str:
     return ", ".join(f"{number:,}" for number in sorted(set(column)))
 
 
-def write_table(readme: str | Path, folder: str | Path, pair: str = MAIN_PAIR) -> None:
-    """Replace the text between the two `results` markers of a Markdown file by what the records say."""
-    path = Path(readme)
-    text = path.read_text(encoding="utf-8")
-    if _START not in text or _END not in text:
-        raise InputError(f"{path} has no {_START} ... {_END}: put the two markers where the table belongs")
-    before, rest = text.split(_START, 1)
-    after = rest.split(_END, 1)[1]
-    block = results_block(load_records(folder), pair)
-    path.write_text(f"{before}{_START}\n{block}\n{_END}{after}", encoding="utf-8")
-
-
-def _known(scores: pd.DataFrame, score: str) -> pd.Series:
+def on_record(scores: pd.DataFrame, score: str) -> pd.Series:
+    """The values of a score in the given rows, without those that have none."""
     column = f"scores.{score}"
     return scores[column].dropna() if column in scores.columns else pd.Series(dtype=float)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.pages.report", description=__doc__.splitlines()[0])
-    parser.add_argument("readme", help="Markdown file with the two results markers, rewritten in place")
-    parser.add_argument("--records", default="book/results", help="folder of records (default: %(default)s)")
-    parser.add_argument("--pair", default=MAIN_PAIR, help="public-private pair (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
-    write_table(chosen.readme, chosen.records, chosen.pair)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -84,7 +84,7 @@ def pair_name(pair: str) -> str:
 
 def is_ours(method: str) -> bool:
     """Whether it is DP-DeepSets or a variant of it."""
-    return method.startswith("dp_deepsets")
+    return method == "hyperdp" or method.startswith("dp_deepsets")
 
 
 def contests(scores: pd.DataFrame, score: str) -> list[Cell]:
