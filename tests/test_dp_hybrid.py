@@ -86,7 +86,8 @@ def test_poisson_batches_fill_the_budget_and_gain_by_sampling():
     assert 0.98 < ledger.ledger_epsilon(split.charges(chosen, "zero_out"), 1e-5, "zero_out") <= 1.0
     unsampled = math.sqrt(2 * 4) * accounting.noise_multiplier(1.0, 1e-5)
     assert chosen.noise_std < 0.5 * unsampled
-    assert split.sum_multiplier == pytest.approx(math.sqrt(2) * accounting.noise_multiplier(1.0, 1e-5))
+    # a hundredth of delta is kept for the end of the noise of DP-SGD
+    assert split.sum_multiplier == pytest.approx(math.sqrt(2) * accounting.noise_multiplier(1.0, 0.99e-5))
 
 
 def test_sampled_replacement_adds_epsilon_and_delta():
@@ -119,7 +120,7 @@ def test_training_starts_at_the_decoded_adapter():
     assert torch.equal(flat(trained.start), flat(decoded))
     torch.testing.assert_close(flat(trained.adapter), flat(decoded), rtol=1e-4, atol=1e-6)
     assert trained.adapter.geometry == network.geometry and trained.adapter.lora_config.lora_alpha == 3
-    assert std == pytest.approx(accounting.noise_multiplier(1.0, 1e-5) / math.sqrt(config.share))
+    assert std == pytest.approx(accounting.noise_multiplier(1.0, 0.99e-5) / math.sqrt(config.share))
 
 
 def test_the_decoded_adapter_acts_in_the_trained_model():

@@ -187,7 +187,7 @@ def check_budget(epsilon: float, delta: float, neighboring_relation: str, rate: 
 
     >>> check_budget(1.0, 1e-13, "add_or_remove_one")
     Traceback (most recent call last):
-    hyperdp_lib.image_files.InputError: DP-SGD is accounted for from delta 1e-12 on, got 1e-13: choose a larger delta.
+    hyperdp_lib.data.InputError: DP-SGD is accounted for from delta 1e-12 on, got 1e-13: choose a larger delta.
     """
     if neighboring_relation not in RELATIONS:
         raise InputError(
