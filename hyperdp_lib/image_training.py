@@ -196,8 +196,8 @@ def plan(preset: Preset, rates: Rates, minutes: float | None) -> Plan:
             while min(_within(preset, rates, needed)[0].values()) < LEAST_STEPS:
                 needed += 1
             raise InputError(
-                f"--minutes {minutes:g} are too few on this machine: {needed} are the least for these images, and hours "
-                "make better weights"
+                f"--minutes {minutes:g} are too few on this machine: {needed} are the least for these images, and "
+                "hours make better weights"
             )
     expected = {name: steps[name] * rates.step[name] for name in SHARES}
     expected |= {"pool": pool * rates.task, "tables": rates.tables(pool)}
