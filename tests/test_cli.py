@@ -34,7 +34,9 @@ def stub_model(monkeypatch):
         raise AssertionError("bad input reached the release")
 
     base_model = SimpleNamespace(config=SimpleNamespace(sample_size=16, in_channels=1))
-    hypernetwork = SimpleNamespace(load_pretrained=lambda name: (base_model, None), geometry=lambda name: (16, 1))
+    hypernetwork = SimpleNamespace(
+        load_pretrained=lambda name: (base_model, None), geometry=lambda name: (16, 1), stretches=lambda name: False
+    )
     monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", hypernetwork)
     release = SimpleNamespace(release=never, save_release=never, load_release=never)
     monkeypatch.setitem(vars(hyperdp_lib), "release", release)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import numpy as np
 import pytest
@@ -272,7 +271,7 @@ def test_contrast_is_stretched_image_by_image():
 
 @pytest.fixture(scope="module")
 def trained(source, tmp_path_factory):
-    """The whole command in miniature; what it told, and how long it took."""
+    """The whole command in miniature."""
     miniature = stages.PRESETS["drawings-miniature"]
     small = dataclasses.replace(
         miniature, joint_stage=stages.StageConfig(8, 8, 4, 1e-3, 0.9), feature_network="ownnet"
@@ -281,13 +280,12 @@ def trained(source, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_training, "PRESET", small)
         command = ["train", "--public", source, "--licence", "CC BY 4.0", "--out", str(out)]
-        started = time.perf_counter()
         assert cli.main(command) == 0
-        yield out, command, time.perf_counter() - started
+        yield out, command
 
 
 def test_one_command_makes_all_that_weights_hold(trained, source):
-    out, _, _ = trained
+    out, _ = trained
     names = {file.relative_to(out / "weights").as_posix() for file in (out / "weights").rglob("*") if file.is_file()}
     assert names >= {
         "base/config.json", "encoder.safetensors", "hypernetwork.safetensors", "features.safetensors",
@@ -304,11 +302,13 @@ def test_one_command_makes_all_that_weights_hold(trained, source):
 
 
 def test_running_again_resumes_and_other_settings_are_refused(trained, capsys):
-    out, command, _ = trained
+    out, command = trained
+    (out / "features.pt").unlink()  # stopped before this stage: it is taken again, no other is
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
     before = (out / "weights" / "hypernetwork.safetensors").read_bytes()
     assert cli.main(command) == 0
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")} == stamps
+    now = {path.name: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    assert now.pop("features.pt") and now == stamps
     assert (out / "weights" / "hypernetwork.safetensors").read_bytes() == before
     assert "in all: features" in capsys.readouterr().err
     for more in (["--mirror"], ["--minutes", "30"], ["--seed", "3"], ["--no-stretch"]):
@@ -316,17 +316,8 @@ def test_running_again_resumes_and_other_settings_are_refused(trained, capsys):
         assert "choose another --out" in capsys.readouterr().err
 
 
-def test_a_stopped_training_goes_on(trained):
-    out, command, _ = trained
-    file = out / "joint.pt"
-    state = torch.load(file, weights_only=True)
-    (out / "features.pt").unlink()
-    assert cli.main(command) == 0 and (out / "features.pt").is_file()
-    assert torch.load(file, weights_only=True)["step"] == state["step"]
-
-
 def test_the_weights_are_used_like_shipped_ones(trained, tmp_path, capsys):
-    out, _, _ = trained
+    out, _ = trained
     private = tmp_path / "films_of_mine.npz"
     levels, _ = pictures(classes=2, per_class=40, seed=7)
     np.savez(private, images=levels)
@@ -344,7 +335,7 @@ def test_the_weights_are_used_like_shipped_ones(trained, tmp_path, capsys):
 
 
 def test_private_images_that_are_public_are_counted(trained, source, tmp_path, capsys):
-    out, _, _ = trained
+    out, _ = trained
     levels, _ = pictures()
     others, _ = pictures(seed=7)
     np.savez(tmp_path / "mine.npz", images=np.concatenate([others[:40], levels[:13]]))
@@ -356,7 +347,7 @@ def test_private_images_that_are_public_are_counted(trained, source, tmp_path, c
 
 
 def test_forecast_rehearses_on_held_out_groups(trained, capsys, monkeypatch):
-    out, _, _ = trained
+    out, _ = trained
     assert tuning.held_out_tasks(out).group_names == training.public_source(out).tasks("held_out").group_names
     asked = ["forecast", "--num-private", "40", "--epsilon", "1", "--num-images", "128", "--hypernetwork", str(out)]
     assert cli.main([*asked, "--json"]) == 0
@@ -374,7 +365,7 @@ def test_forecast_rehearses_on_held_out_groups(trained, capsys, monkeypatch):
 
 
 def test_compare_reads_private_images_as_the_weights_do(trained, tmp_path):
-    out, _, _ = trained
+    out, _ = trained
     levels, _ = pictures(seed=7)
     np.savez(tmp_path / "mine.npz", images=levels)
     seen = {}
@@ -382,7 +373,3 @@ def test_compare_reads_private_images_as_the_weights_do(trained, tmp_path):
         train, _, _ = comparison.private_sets(tmp_path / "mine.npz", 16, 1, stretch)
         seen[stretch] = train.images
     assert torch.equal(data.stretched(seen[False]), seen[True]) and not torch.equal(seen[False], seen[True])
-
-
-def test_the_miniature_is_quick(trained):
-    assert trained[2] < 90
