@@ -39,8 +39,8 @@ NEVER_PRIVATE = (
     "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
     "hypernetwork", "nested", "cells", "prior", "refinement", "classifier", "training",
     "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
-    "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards", "theory",
-    "lora_geometry", "lora_products", "progress", "__init__", "__main__",
+    "marks", "front_page", "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards",
+    "theory", "lora_geometry", "lora_products", "progress", "__init__", "__main__",
 )  # fmt: skip
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "looks", "baselines", "private_scores")
