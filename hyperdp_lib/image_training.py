@@ -34,7 +34,7 @@ from hyperdp_lib.training import Loop, Preset, StageConfig, TaskPool
 SHARES = {"features": 0.05, "codes": 0.05, "encoder": 0.12, "base": 0.30, "joint": 0.48}
 FILLING = 0.05  # of all the time, at most, to fill the pool of tasks
 LEAST_STEPS = 20  # of a stage: fewer make nothing
-MEASURED = (2, 6)  # steps of the two short runs by whose difference a stage is timed
+MEASURED = (1, 4)  # steps of the two short runs by whose difference a stage is timed
 # Without --minutes: hours of two cores at 28 x 28.
 PRESET = Preset(
     nested=True,
