@@ -34,18 +34,18 @@ from hyperdp_lib.public.stages import Loop, Preset, StageConfig, TaskPool
 SHARES = {"features": 0.05, "codes": 0.05, "encoder": 0.12, "base": 0.30, "joint": 0.48}
 FILLING = 0.05  # of all the time, at most, to fill the pool of tasks
 LEAST_STEPS = 20  # of a stage: fewer make nothing
-MEASURED = (2, 6)  # steps of the two short runs by whose difference a stage is timed
-# Without --minutes: hours of two cores at 28 x 28.
+MEASURED = (1, 4)  # steps of the two short runs by whose difference a stage is timed
+# Without --minutes: hours of two cores at 28 x 28. Small batches, which learn more from so little time.
 PRESET = Preset(
     nested=True,
     feature_network="ownnet",  # a digest of its weights is added
     features_stage=StageConfig(1500, 128, 3, 1e-3),
-    encoder_stage=StageConfig(2000, 48, 16, 1e-3),
-    base_stage=StageConfig(5000, 64, 8, 2e-3, 0.999),
-    joint_stage=StageConfig(8000, 64, 8, 1.5e-3, 0.999),
+    encoder_stage=StageConfig(3000, 32, 12, 1e-3),
+    base_stage=StageConfig(10_000, 32, 8, 2e-3, 0.999),
+    joint_stage=StageConfig(16_000, 32, 8, 1.5e-3, 0.999),
     codes_stage=StageConfig(1500, 128, 3, 1e-3),
     pool_tasks=1536,
-    fresh_tasks=6,
+    fresh_tasks=4,
 )
 PLAN_FILE = "plan.json"
 
