@@ -362,7 +362,7 @@ def test_with_the_shipped_weights_from_png_files_to_scores(weights, refused, tmp
     out, samples = tmp_path / "release", tmp_path / "samples.npz"
     assert cli.main(["release", str(tmp_path / "images"), "--yes", "--epsilon", "8", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1].startswith("This adapter is (epsilon = 8, delta = 1e-05)-differentially")
+    assert printed.out.splitlines()[-2].startswith("This adapter is (epsilon = 8, delta = 1e-05)-differentially")
     assert "from 28 x 28 to 16 x 16" in printed.err and "warning" not in printed.err
     assert cli.main(["verify", str(out)]) == 0
     assert cli.main(["sample", str(out), "--num-images", "300", "--out", str(samples)]) == 0

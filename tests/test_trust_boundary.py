@@ -43,17 +43,6 @@ MAY_HOLD_PRIVATE_DATA = {
     "cli": "hands a user's private images to `release` and `experiments`",
     "auditing": "attacks mechanisms with neighbouring data sets that it makes up or takes from public digits",
 }
-<<<<<<< HEAD
-=======
-# Results of these modules go into artefacts or are public knowledge: no private parameter may ever appear.
-NEVER_PRIVATE = (
-    "accounting", "ledger", "certificate", "verification", "artefacts", "strict_json", "adapter", "diffusion",
-    "hypernetwork", "nested", "cells", "prior", "refinement", "classifier", "training",
-    "tuning", "ablations", "forecast", "glyphs", "drawings", "photographs", "mobilenet", "records", "figures", "report",
-    "marks", "front_page", "winners", "evidence", "claims", "comparison_tables", "notebook", "originals", "data_cards",
-    "theory", "lora_geometry", "lora_products", "progress", "__init__", "__main__",
-)  # fmt: skip
->>>>>>> records
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
 BOUNDARY = ("mechanism", "release", "looks", "baselines", "scores.private_scores")
 BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", "num_private", "rows"}

@@ -130,7 +130,7 @@ def train_on_images(
     Raises
     ------
     InputError
-        Before anything is trained: see `public_images.ImageTasks`; and if the minutes do not suffice.
+        Before anything is trained: see `images.ImageTasks`; and if the minutes do not suffice.
     """
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"--minutes must be a positive number, got {minutes:g}; 45 is enough for a first try")

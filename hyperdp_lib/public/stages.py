@@ -50,7 +50,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TaskSource(Protocol):
-    """Where public tasks come from: `glyphs`, `drawings`, `photographs`, `public_images`, or a source of one's own."""
+    """Where public tasks come from: `glyphs`, `drawings`, `photographs`, `images`, or a source of one's own."""
 
     @property
     def num_classes(self) -> int:
