@@ -375,8 +375,10 @@ def command(tmp_path, monkeypatch):
     stated = SimpleNamespace(certificate=SimpleNamespace(sentence="done", risk_sentence="Risk: none."))
     model = SimpleNamespace(to=lambda device: None)
     monkeypatch.setattr(hyperdp_lib.data, "load_named_or_path", step("read", private))
-    stand_in = SimpleNamespace(geometry=lambda name: (16, 1), load_pretrained=lambda name: (model, model))
-    monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", stand_in)
+    stand_in = SimpleNamespace(
+        geometry=lambda name: (16, 1), load_pretrained=lambda name: (model, model), stretches=lambda name: False
+    )
+    monkeypatch.setitem(vars(hyperdp_lib), "pretrained", stand_in)
     release = SimpleNamespace(release=step("release", stated), save_release=step("save"))
     monkeypatch.setitem(vars(hyperdp_lib), "release", release)
     monkeypatch.setattr(cli, "_preview", step("preview"))

@@ -37,7 +37,7 @@ def stub_model(monkeypatch):
     hypernetwork = SimpleNamespace(
         load_pretrained=lambda name: (base_model, None), geometry=lambda name: (16, 1), stretches=lambda name: False
     )
-    monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", hypernetwork)
+    monkeypatch.setitem(vars(hyperdp_lib), "pretrained", hypernetwork)
     release = SimpleNamespace(release=never, save_release=never, load_release=never)
     monkeypatch.setitem(vars(hyperdp_lib), "release", release)
 
@@ -581,7 +581,7 @@ def releases(tmp_path, monkeypatch):
 
     monkeypatch.setitem(vars(hyperdp_lib), "diffusion", SimpleNamespace(sample_classes=sample_classes))
     load = SimpleNamespace(load_pretrained=lambda name: (base_models[name], None))
-    monkeypatch.setitem(vars(hyperdp_lib), "hypernetwork", load)
+    monkeypatch.setitem(vars(hyperdp_lib), "pretrained", load)
     return tmp_path
 
 
@@ -780,7 +780,7 @@ def test_compare_passes_its_options_on(monkeypatch, capsys, tmp_path):
         return [tmp_path / "a.json", tmp_path / "b.json"]
 
     asked = {}
-    monkeypatch.setitem(vars(hyperdp_lib), "comparison", SimpleNamespace(compare=compare))
+    monkeypatch.setitem(vars(hyperdp_lib.experiments), "comparison", SimpleNamespace(compare=compare))
     command = "compare --private digits --methods all --epsilon 1 4 --num-private 128 --seeds 3 --out".split()
     assert cli.main([*command, str(tmp_path)]) == 0
     assert asked["private"] == "digits" and asked["methods"] == ["all"] and asked["epsilons"] == [1.0, 4.0]
@@ -804,7 +804,7 @@ def test_train_resumes_unless_told_otherwise(monkeypatch, tmp_path):
         return tmp_path / "weights"
 
     training = SimpleNamespace(train=train)
-    monkeypatch.setitem(vars(hyperdp_lib), "training", training)
+    monkeypatch.setitem(vars(hyperdp_lib.public), "training", training)
     assert cli.main(["train", "--preset", "glyphs"]) == 0
     assert cli.main(["train", "--preset", "glyphs", "--restart", "--out", str(tmp_path)]) == 0
     assert [preset for preset, _ in asked] == ["glyphs", "glyphs"]
@@ -821,7 +821,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", "release refine sample evaluate compare forecast train audit verify".split())
+@pytest.mark.parametrize("command", "release budget refine sample evaluate compare forecast train audit verify".split())
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -832,7 +832,7 @@ def test_interruption_is_quiet(monkeypatch, capsys, tmp_path):
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(vars(hyperdp_lib), "certificate", SimpleNamespace(verify=interrupted))
+    monkeypatch.setattr(hyperdp_lib.verification, "verify", interrupted)
     assert cli.main(["verify", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "hyperdp: interrupted\n"
 
@@ -841,15 +841,14 @@ def test_other_errors_are_not_swallowed(monkeypatch, tmp_path):
     def broken(folder):
         raise ValueError("a bug, not bad input")
 
-    monkeypatch.setitem(vars(hyperdp_lib), "certificate", SimpleNamespace(verify=broken))
+    monkeypatch.setattr(hyperdp_lib.verification, "verify", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["verify", str(tmp_path)])
 
 
 def test_verify_reports_problems(monkeypatch, capsys, tmp_path):
     problems = ["epsilon does not recompute"]
-    certificate = SimpleNamespace(verify=lambda folder: problems)
-    monkeypatch.setitem(vars(hyperdp_lib), "certificate", certificate)
+    monkeypatch.setattr(hyperdp_lib.verification, "verify", lambda folder: problems)
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().out == "epsilon does not recompute\n"
     assert cli.main(["verify", str(tmp_path), "--json"]) == 1

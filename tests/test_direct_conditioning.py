@@ -264,7 +264,7 @@ BAD = {
     "another size": (dict(batch=images(size=8)), "shape"),
     "no batch axis": (dict(batch=images()[0]), "shape"),
     "bytes": (dict(batch=images().to(torch.uint8)), "float"),
-    "not finite": (dict(batch=images() * math.nan), "NaN"),
+    "not finite": (dict(batch=images() * math.nan), "finite floats"),
     "another range": (dict(batch=images() * 2), "lie in"),
     "labels missing": (dict(labels=None), "private_labels"),
     "label out of range": (dict(labels=LABELS + 1), "lie in 0 .. 2"),

@@ -401,7 +401,7 @@ BAD_REQUESTS = {
     "unknown label": (dict(class_names=("a", "b")), "must lie in 0 .. 1"),
     "wrong size": (dict(private_images=torch.zeros(6, 1, 28, 28)), "resize"),
     "colour": (dict(private_images=torch.zeros(6, 3, 16, 16)), "resize"),
-    "not finite": (dict(private_images=images() * math.nan), "NaN"),
+    "not finite": (dict(private_images=images() * math.nan), "finite floats"),
     "large batch": (dict(config=DPLdmConfig(expected_batch_size=7)), "exceeds the 6 images"),
     "large batch of a class": (
         dict(config=DPLdmConfig(mode="per_class", expected_batch_size=3)),

@@ -332,7 +332,7 @@ def test_the_free_choice_improves_on_public_sets():
         ({"class_names": ("a", "b")}, "must lie in 0 .. 1"),
         ({"labels": None}, "no private_labels"),
         ({"batch": torch.zeros(6, 3, 16, 16)}, r"shape \(N, 1, 16, 16\)"),
-        ({"batch": torch.full((6, 1, 16, 16), math.nan)}, "NaN"),
+        ({"batch": torch.full((6, 1, 16, 16), math.nan)}, "finite floats"),
         ({"config": dataclasses.replace(CONFIG, candidates=("attention", r"no_such_layer"))}, "no_such_layer"),
     ],
 )

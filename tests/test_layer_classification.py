@@ -155,7 +155,7 @@ def test_seeds_repeat_and_the_operating_system_does_not():
         ({"class_names": ("a", "b")}, "3 classes, class_names 2"),
         ({"batch": torch.zeros(6, 3, 16, 16)}, r"shape \(N, 1, H, W\)"),
         ({"batch": torch.zeros(6, 1, 28, 28)}, "resize"),
-        ({"batch": torch.full((6, 1, 16, 16), math.nan)}, "NaN"),
+        ({"batch": torch.full((6, 1, 16, 16), math.nan)}, "finite floats"),
         ({"labels": LABELS + 1}, "must lie in 0 .. 2"),
         ({"epsilon": 0.0}, "epsilon > 0"),
         ({"num_private_declared": 0}, "num_private_declared"),
