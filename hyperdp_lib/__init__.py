@@ -9,6 +9,7 @@ The private path, in the order in which to read it:
 `embedding`         image -> vector of norm at most 1, one example at a time
 `mechanism`         clip, sum, add Gaussian noise once: the only place where private becomes public
 `accounting`        (epsilon, delta) <-> noise multiplier
+`dp_sgd_accounting` the same for the DP-SGD of the rivals
 `ledger`            everything that touched private data, added up
 `certificate`       what was released, and its independent check
 `verification`      the independent route by which `verify` recomputes a certificate
@@ -71,6 +72,7 @@ __all__ = [
     "data",
     "data_sets",
     "diffusion",
+    "dp_sgd_accounting",
     "embedding",
     "experiments",
     "hypernetwork",

@@ -42,7 +42,7 @@ dimension, with the bounds on ``Z`` by Poisson summation,
 At fixed ``m``, (2) decreases in ``D`` and increases in ``d``. It is evaluated at ``t = 200``, the largest
 ``d`` and the smallest ``D`` that the mechanism accepts, so it covers every release of the library, at a
 cost below one part in a million of epsilon for ``m >= 0.3``. Floating-point errors are bounded and charged
-too (``_gaussian_delta``).
+too (``gaussian_delta``).
 
 ``rho = 1 / 2m**2`` (zCDP) needs none of this: it is exact for the discrete Gaussian (Canonne, Kamath &
 Steinke 2020, Theorem 4) and composes by addition, but gives a larger epsilon.
@@ -51,7 +51,6 @@ Steinke 2020, Theorem 4) and composes by addition, but gives a larger epsilon.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 from scipy.special import log_ndtr
@@ -59,10 +58,6 @@ from scipy.special import log_ndtr
 # The corner of the mechanism's range at which the theorem is evaluated; a test compares with `mechanism`.
 MAX_COORDINATES = 2**20
 MIN_GRID_SENSITIVITY = 2**20
-MIN_DP_SGD_DELTA = 1e-12
-"""Least delta of DP-SGD: below about 1e-13 one accountant here states too little, the other fails."""
-DP_SGD_RESERVE = 0.01
-"""Share of delta that DP-SGD keeps for the end of its floating-point noise; see `baselines.dp_sgd`."""
 _TAIL = 200.0  # t in step 3: a probability of 1e-87
 
 Releases = float | Sequence[float]
@@ -112,11 +107,11 @@ def epsilon(noise_multiplier: Releases, delta: float) -> float:
     >>> round(epsilon(3.7304, 1e-5), 3), round(epsilon([5.2756, 5.2756], 1e-5), 3)
     (1.0, 1.0)
     """
-    _check_delta(delta)
+    check_delta(delta)
     multipliers = _multipliers(noise_multiplier)
     if _discrete_delta(multipliers, math.inf) > delta:
         return math.inf
-    return _smallest(lambda value: _discrete_delta(multipliers, value) <= delta)
+    return smallest(lambda value: _discrete_delta(multipliers, value) <= delta)
 
 
 def noise_multiplier(epsilon: float, delta: float) -> float:
@@ -129,96 +124,10 @@ def noise_multiplier(epsilon: float, delta: float) -> float:
     >>> [round(noise_multiplier(epsilon, 1e-5), 2) for epsilon in (0.5, 1, 2, 4, 10, 16)]
     [7.03, 3.73, 1.99, 1.08, 0.5, 0.34]
     """
-    _check_budget(epsilon, delta)
+    check_budget(epsilon, delta)
     if math.isinf(epsilon):
         return 0.0
-    return _smallest(lambda value: _discrete_delta([value], epsilon) <= delta) * (1 + 1e-9)
-
-
-def dp_sgd_epsilon(
-    noise_multiplier: float, delta: float, sample_rate: float, steps: int,
-    neighboring_relation: str = "add_or_remove_one", eps_error: float = 0.01,
-) -> float:  # fmt: skip
-    """Epsilon of DP-SGD with Poisson sampling: the larger of two independent numerical upper bounds.
-
-    Opacus' PRV accountant (Gopi, Lee & Wutschitz 2021; its error bound ``eps_error`` is included) follows the
-    removal of an example, dp-accounting's PLD accountant (Doroshenko et al. 2022) removal and addition. At
-    ``sample_rate`` 1 nothing is sampled and (1) with ``mu = sqrt(steps) / noise_multiplier`` is used.
-
-    With sampling, ``delta`` is 1e-12 or more (`kept` of it will do): below, the accountants fail.
-
-    *What is rigorous.* The ideal mechanism: DP-SGD's noise is floating point. ``add_or_remove_one`` and
-    ``zero_out`` share the dominating pair ``N(0)``, ``(1 - q) N(0) + q N(C)``, hence epsilon. ``replace_one``
-    is refused: no dominating pair is proven for it here.
-    """
-    _check_delta(delta)
-    if neighboring_relation not in ("add_or_remove_one", "zero_out"):
-        raise ValueError("DP-SGD has a proven epsilon for add_or_remove_one and zero_out only")
-    if not 0 < sample_rate <= 1 or steps < 1 or not 0 <= noise_multiplier < math.inf:
-        raise ValueError("need 0 < sample_rate <= 1, steps >= 1 and a finite noise_multiplier >= 0")
-    if sample_rate < 1:
-        _check_dp_sgd_delta(delta)
-    if noise_multiplier < 0.02:  # nothing worth stating, and too wide for the accountants
-        return math.inf
-    if sample_rate == 1:
-        return _smallest(lambda value: _gaussian_delta(steps**0.5 / noise_multiplier, value) <= delta)
-    from opacus.accountants import PRVAccountant
-
-    prv = PRVAccountant()
-    prv.history = [(noise_multiplier, sample_rate, steps)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the width of the accountant's domain: too wide is safe
-        prv_epsilon = float(prv.get_epsilon(delta, eps_error=eps_error))
-    return max(prv_epsilon, pld_epsilon([(noise_multiplier, sample_rate, steps)], delta))
-
-
-def dp_sgd_noise_multiplier(
-    epsilon: float, delta: float, sample_rate: float, steps: int,
-    neighboring_relation: str = "add_or_remove_one",
-) -> float:  # fmt: skip
-    """The multiplier that makes DP-SGD (epsilon, delta)-DP by :func:`dp_sgd_epsilon`, rounded up by 0.2 %.
-
-    What the run costs by the PLD accountant lies at most 1.5 % below epsilon, for epsilon from 0.01 and delta from
-    1e-12 on, so that no rival is handicapped. (PRV's error bound, below 1 % and below 0.01, and the rounding.)
-    """
-    _check_budget(epsilon, delta)
-    if sample_rate < 1:
-        _check_dp_sgd_delta(delta)
-    if math.isinf(epsilon):
-        return 0.0
-    known = (delta, sample_rate, steps, neighboring_relation, min(0.01, 0.01 * epsilon))
-    result = _smallest(lambda m: pld_epsilon([(m, sample_rate, steps)], delta) <= epsilon, tolerance=1e-4)
-    while dp_sgd_epsilon(result, *known) > epsilon:
-        result *= 1.002
-    return result
-
-
-def pld_epsilon(parts: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Epsilon of several ``(noise_multiplier, sample_rate, steps)`` by dp-accounting; slack included.
-
-    ``delta`` is 1e-12 or more (`kept` of it will do): below about 1e-13 dp-accounting states too little.
-    """
-    import dp_accounting
-
-    _check_dp_sgd_delta(delta)
-    if min(m for m, _, _ in parts) < 0.02:
-        return math.inf
-    accountant = dp_accounting.pld.PLDAccountant()
-    xi = log_c = 0.0
-    for m, rate, steps in parts:
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(m)), steps)
-        slack = discretisation_slack(m) if rate == 1 else (0.0, 0.0)
-        xi, log_c = xi + steps * slack[0], log_c + steps * slack[1]
-    return xi + float(accountant.get_epsilon(delta * math.exp(-log_c) * (1 - 1e-9)))  # 1e-9 covers the tails
-
-
-def kept(delta: float) -> float:
-    """What DP-SGD is calibrated for, and charged at, of a ``delta``: all but `DP_SGD_RESERVE` of it.
-
-    >>> kept(1e-5)
-    9.9e-06
-    """
-    return (1 - DP_SGD_RESERVE) * delta
+    return smallest(lambda value: _discrete_delta([value], epsilon) <= delta) * (1 + 1e-9)
 
 
 def _discrete_delta(multipliers: Sequence[float], epsilon: float) -> float:
@@ -228,10 +137,10 @@ def _discrete_delta(multipliers: Sequence[float], epsilon: float) -> float:
     if math.isinf(xi):
         return 1.0
     tails = len(slacks) * math.exp(-_TAIL)
-    return min(1.0, math.exp(log_c) * (_gaussian_delta(mu(multipliers), epsilon - xi) + tails))
+    return min(1.0, math.exp(log_c) * (gaussian_delta(mu(multipliers), epsilon - xi) + tails))
 
 
-def _gaussian_delta(mu: float, epsilon: float) -> float:
+def gaussian_delta(mu: float, epsilon: float) -> float:
     """Equation (1), never below its true value: bounds on the rounding errors of its terms are added."""
     if math.isinf(epsilon):
         return 0.0
@@ -241,7 +150,7 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
     return math.exp(first + rounding) * -math.expm1(min(0.0, epsilon + tail - first - rounding))
 
 
-def _smallest(good: Callable[[float], bool], tolerance: float = 1e-13) -> float:
+def smallest(good: Callable[[float], bool], tolerance: float = 1e-13) -> float:
     """The smallest good number above 1e-12, from above: the result itself is good (``good`` is monotone)."""
     high = 1.0
     while not good(high):
@@ -263,17 +172,12 @@ def _multipliers(noise_multiplier: Releases) -> list[float]:
     return multipliers
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
     if not 1e-60 < delta < 1:
         raise ValueError("delta must be between 1e-60 and 1, both excluded; 1e-5 is usual")
 
 
-def _check_dp_sgd_delta(delta: float) -> None:
-    if not 0.98 * MIN_DP_SGD_DELTA <= delta < 1:
-        raise ValueError(f"DP-SGD is accounted for from delta {MIN_DP_SGD_DELTA:g} on, got {delta:g}")
-
-
-def _check_budget(epsilon: float, delta: float) -> None:
-    _check_delta(delta)
+def check_budget(epsilon: float, delta: float) -> None:
+    check_delta(delta)
     if not epsilon > 0:
         raise ValueError("epsilon must be above 0 (0 releases nothing: use the public-only control)")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyperdp_lib import accounting
+from hyperdp_lib import accounting, dp_sgd_accounting
 from hyperdp_lib.strict_json import check_types, later
 
 KINDS = ("gaussian", "dp_sgd", "other", "declared_public")
@@ -130,7 +130,7 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     """Epsilon of the whole ledger at `delta`, an upper bound.
 
     Noisy sums alone compose exactly (mu-GDP). With DP-SGD among them, dp-accounting's PLD composes all; one
-    DP-SGD run alone gets :func:`~hyperdp_lib.accounting.dp_sgd_epsilon`. What is known only by its epsilon
+    DP-SGD run alone gets :func:`~hyperdp_lib.dp_sgd_accounting.dp_sgd_epsilon`. What is known only by its epsilon
     and delta is added on top (basic composition), as is sampled DP-SGD under ``replace_one``, which no
     accountant here covers. Where DP-SGD is among what is composed, 1 % of delta is kept for the end of its
     noise (`baselines.dp_sgd`), and with sampled batches delta below 1e-12 is a ValueError. So are entries of
@@ -162,12 +162,12 @@ def ledger_epsilon(ledger: Sequence[LedgerEntry], delta: float, neighboring_rela
     parts = [(entry.noise_multiplier or 0.0, entry.sample_rate, entry.steps) for entry in composed]
     if all(entry.kind == "gaussian" for entry in composed):
         return base + accounting.epsilon([multiplier for multiplier, _, _ in parts], rest)
-    rest = accounting.kept(rest)
+    rest = dp_sgd_accounting.kept(rest)
     if len(parts) == 1:
         multiplier, sample_rate, steps = parts[0]
         error = min(0.01, 0.01 * composed[0].epsilon)  # the accountant's own, as in calibration
-        return base + accounting.dp_sgd_epsilon(multiplier, rest, sample_rate, steps, eps_error=error)
-    return base + accounting.pld_epsilon(parts, rest)
+        return base + dp_sgd_accounting.dp_sgd_epsilon(multiplier, rest, sample_rate, steps, eps_error=error)
+    return base + dp_sgd_accounting.pld_epsilon(parts, rest)
 
 
 def _is_known_only(entry: LedgerEntry, neighboring_relation: str) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
-from hyperdp_lib import accounting, mechanism
+from hyperdp_lib import accounting, dp_sgd_accounting, mechanism
 
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EPSILONS = st.floats(-3, 4).map(lambda power: 10**power)
@@ -115,7 +115,7 @@ def test_no_noise_multiplier_for_no_budget(bad):
     with pytest.raises(ValueError, match="epsilon must be above 0"):
         accounting.noise_multiplier(bad, 1e-5)
     with pytest.raises(ValueError, match="epsilon must be above 0"):
-        accounting.dp_sgd_noise_multiplier(bad, 1e-5, 0.1, 10)
+        dp_sgd_accounting.dp_sgd_noise_multiplier(bad, 1e-5, 0.1, 10)
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.0, -1e-5, 2.0, math.nan])
@@ -218,10 +218,10 @@ def test_the_slack_is_negligible_on_the_real_grid_and_covers_the_mechanism():
 
 @pytest.mark.parametrize(("rate", "steps", "multiplier"), [(0.05, 300, 1.0), (0.5, 20, 3.0)])
 def test_dp_sgd_lies_between_pld_and_rdp(rate, steps, multiplier):
-    ours = accounting.dp_sgd_epsilon(multiplier, 1e-5, rate, steps)
+    ours = dp_sgd_accounting.dp_sgd_epsilon(multiplier, 1e-5, rate, steps)
     prv, rdp = PRVAccountant(), RDPAccountant()
     prv.history = rdp.history = [(multiplier, rate, steps)]
-    pld = accounting.pld_epsilon([(multiplier, rate, steps)], 1e-5)
+    pld = dp_sgd_accounting.pld_epsilon([(multiplier, rate, steps)], 1e-5)
     assert max(pld, prv.get_epsilon(1e-5)) <= ours * (1 + 1e-12)
     assert ours <= rdp.get_epsilon(1e-5)
     assert ours == pytest.approx(pld, rel=0.02, abs=0.02)
@@ -232,48 +232,48 @@ def test_dp_sgd_lies_between_pld_and_rdp(rate, steps, multiplier):
     [(1.0, 1e-12, 0.01, 200), (0.01, 1e-5, 0.1, 20), (0.01, 1e-12, 0.02, 20), (8.0, 1e-5, 0.25, 20)],
 )
 def test_the_promised_error_of_dp_sgd_calibration(epsilon, delta, rate, steps):
-    multiplier = accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, steps)
-    spent = accounting.pld_epsilon([(multiplier, rate, steps)], delta)
+    multiplier = dp_sgd_accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, steps)
+    spent = dp_sgd_accounting.pld_epsilon([(multiplier, rate, steps)], delta)
     assert 0.985 * epsilon <= spent <= epsilon
 
 
 def test_dp_sgd_is_not_accounted_for_below_its_least_delta():
-    least = accounting.MIN_DP_SGD_DELTA
-    lower = accounting.pld_epsilon([(2.0, 0.1, 20)], least)
-    assert accounting.pld_epsilon([(2.0, 0.1, 20)], 10 * least) < lower < math.inf
+    least = dp_sgd_accounting.MIN_DP_SGD_DELTA
+    lower = dp_sgd_accounting.pld_epsilon([(2.0, 0.1, 20)], least)
+    assert dp_sgd_accounting.pld_epsilon([(2.0, 0.1, 20)], 10 * least) < lower < math.inf
     for small in (1e-13, 1e-14, 1e-59):
         with pytest.raises(ValueError, match="from delta 1e-12 on"):
-            accounting.dp_sgd_epsilon(2.0, small, 0.1, 20)
+            dp_sgd_accounting.dp_sgd_epsilon(2.0, small, 0.1, 20)
         with pytest.raises(ValueError, match="from delta 1e-12 on"):
-            accounting.pld_epsilon([(2.0, 0.1, 20)], small)
+            dp_sgd_accounting.pld_epsilon([(2.0, 0.1, 20)], small)
         with pytest.raises(ValueError, match="from delta 1e-12 on"):
-            accounting.dp_sgd_noise_multiplier(1.0, small, 0.1, 20)
-        assert accounting.dp_sgd_epsilon(2.0, small, 1.0, 4) < math.inf  # full batches are one Gaussian
+            dp_sgd_accounting.dp_sgd_noise_multiplier(1.0, small, 0.1, 20)
+        assert dp_sgd_accounting.dp_sgd_epsilon(2.0, small, 1.0, 4) < math.inf  # full batches are one Gaussian
 
 
 def test_dp_sgd_calibration_is_tight_and_safe():
-    multiplier = accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.05, 200)
-    assert 2.0 * 0.98 <= accounting.dp_sgd_epsilon(multiplier, 1e-5, 0.05, 200, eps_error=0.01) <= 2.0
+    multiplier = dp_sgd_accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.05, 200)
+    assert 2.0 * 0.98 <= dp_sgd_accounting.dp_sgd_epsilon(multiplier, 1e-5, 0.05, 200, eps_error=0.01) <= 2.0
 
 
 def test_full_batch_dp_sgd_is_one_gaussian():
-    composed = accounting.dp_sgd_epsilon(6.0, 1e-5, 1.0, 9)
+    composed = dp_sgd_accounting.dp_sgd_epsilon(6.0, 1e-5, 1.0, 9)
     assert composed == pytest.approx(accounting.epsilon(2.0, 1e-5), rel=1e-6)
 
 
 def test_dp_sgd_relations():
     removed, blanked = (
-        accounting.dp_sgd_epsilon(2.0, 1e-5, 1.0, 4, relation)
+        dp_sgd_accounting.dp_sgd_epsilon(2.0, 1e-5, 1.0, 4, relation)
         for relation in ("add_or_remove_one", "zero_out")
     )
     assert removed == blanked
     with pytest.raises(ValueError, match="add_or_remove_one and zero_out only"):
-        accounting.dp_sgd_epsilon(2.0, 1e-5, 0.1, 4, "replace_one")
+        dp_sgd_accounting.dp_sgd_epsilon(2.0, 1e-5, 0.1, 4, "replace_one")
 
 
 def test_dp_sgd_without_noise_or_with_nonsense():
-    assert accounting.dp_sgd_epsilon(0.0, 1e-5, 0.1, 10) == math.inf
-    assert accounting.dp_sgd_noise_multiplier(math.inf, 1e-5, 0.1, 10) == 0.0
+    assert dp_sgd_accounting.dp_sgd_epsilon(0.0, 1e-5, 0.1, 10) == math.inf
+    assert dp_sgd_accounting.dp_sgd_noise_multiplier(math.inf, 1e-5, 0.1, 10) == 0.0
     for rate, steps in ((0.0, 10), (1.5, 10), (0.1, 0)):
         with pytest.raises(ValueError, match="sample_rate"):
-            accounting.dp_sgd_epsilon(1.0, 1e-5, rate, steps)
+            dp_sgd_accounting.dp_sgd_epsilon(1.0, 1e-5, rate, steps)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hyperdp_lib import accounting, artefacts, risk, verification
+from hyperdp_lib import accounting, artefacts, dp_sgd_accounting, risk, verification
 from hyperdp_lib import certificate as certificates
 from hyperdp_lib.certificate import STAMP, Certificate, gaussian_certificate
 from hyperdp_lib.ledger import (
@@ -367,7 +367,8 @@ def test_intact_releases_of_every_relation(tmp_path, epsilon, relation):
 
 def test_the_cost_of_sampled_dp_sgd_under_replacement_is_recomputed(tmp_path):
     epsilon, delta, rate, steps = 2.0, 1e-5, 0.1, 50
-    multiplier = accounting.dp_sgd_noise_multiplier(epsilon / 2, delta / (1 + math.exp(epsilon / 2)), rate, steps)
+    halved = epsilon / 2, delta / (1 + math.exp(epsilon / 2))
+    multiplier = dp_sgd_accounting.dp_sgd_noise_multiplier(*halved, rate, steps)
     numbers = dict(noise_multiplier=multiplier, noise_std=multiplier * 0.5, clip_norm=0.5, sensitivity=0.5)
     for stated, honest in ((epsilon, True), (1.5, False), (0.001, False)):
         charge = LedgerEntry("dp_sgd", "a run", stated, delta, None, multiplier, rate, steps, "replace_one")
@@ -389,7 +390,7 @@ def test_a_finite_epsilon_needs_noise(release):
 
 
 def test_a_dp_sgd_release_verifies(tmp_path):
-    multiplier = accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.1, 50)
+    multiplier = dp_sgd_accounting.dp_sgd_noise_multiplier(2.0, 1e-5, 0.1, 50)
     certificate = certificates.ledger_certificate(
         [LedgerEntry("dp_sgd", "DP-SGD LoRA", 2.0, 1e-5, None, multiplier, 0.1, 50)],
         1e-5,

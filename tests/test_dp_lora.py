@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from scipy import stats
 
-from hyperdp_lib import accounting, ledger
+from hyperdp_lib import dp_sgd_accounting, ledger
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import dp_lora, dp_sgd, dp_training
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
@@ -427,7 +427,7 @@ SAMPLED = dict(expected_batch_size=10, declared_size=100, num_steps=20)
 def test_sampled_batches_spend_the_budget():
     chosen = dp_sgd.privacy_plan(2.0, 1e-5, "add_or_remove_one", **SAMPLED)
     assert 0 < chosen.sample_rate - 0.1 < 2**-24 and chosen.denominator == pytest.approx(10)
-    assert 1.9 < accounting.dp_sgd_epsilon(chosen.noise_std, 1e-5, 0.1, 20) <= 2.0
+    assert 1.9 < dp_sgd_accounting.dp_sgd_epsilon(chosen.noise_std, 1e-5, 0.1, 20) <= 2.0
 
 
 def test_sampled_replacement_is_a_removal_and_an_addition(monkeypatch):

@@ -5,7 +5,7 @@ nothing. Here the hypernetwork's adapter (one a class) is where DP-SGD LoRA star
 
 How the budget is shared. Let one noisy sum that spent all of (epsilon, delta) have noise multiplier m, that is
 ``mu = 1 / m``. The sum here has ``m / sqrt(share)``, hence ``mu * sqrt(share)``. The noise of DP-SGD is the least with
-which the ledger of the two, composed by numerical convolution (`hyperdp_lib.accounting.pld_epsilon`), stays within
+which the ledger of the two, composed by numerical convolution (`dp_sgd_accounting.pld_epsilon`), stays within
 epsilon: for full batches about ``mu * sqrt(1 - share)``; for Poisson batches there is no such formula. Adaptivity
 costs nothing: the second mechanism may start where the first has led.
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, artefacts, certificate, ledger, release
+from hyperdp_lib import accounting, artefacts, certificate, dp_sgd_accounting, ledger, release
 from hyperdp_lib.adapter import Adapter, concatenate
 from hyperdp_lib.baselines import controls, dp_lora, dp_sgd, dp_training
 from hyperdp_lib.baselines.dp_embedding_sgd import sample_classes
@@ -131,7 +131,7 @@ def split_budget(
         sum_delta, sgd_epsilon, sgd_delta = share * delta, (1 - share) * epsilon, (1 - share) * delta
         sum_epsilon = share * epsilon
     else:
-        kept = accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
+        kept = dp_sgd_accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
         whole = accounting.noise_multiplier(epsilon, kept)
         sum_delta = sgd_delta = delta
         sum_epsilon = accounting.epsilon(whole / math.sqrt(share), delta)
@@ -140,7 +140,7 @@ def split_budget(
             sgd_epsilon = accounting.epsilon(multiplier / math.sqrt(num_steps), kept)
         else:
             # the stricter of two accountants then turns it into a little more noise than `multiplier`
-            sgd_epsilon = accounting.pld_epsilon([(multiplier, rate, num_steps)], kept)
+            sgd_epsilon = dp_sgd_accounting.pld_epsilon([(multiplier, rate, num_steps)], kept)
     while True:  # one round as a rule: DP-SGD's own calibration may differ from ours in the last digits
         split = BudgetSplit(sum_epsilon, sum_delta, sgd_epsilon, sgd_delta)
         plan = dp_sgd.privacy_plan(sgd_epsilon, sgd_delta, neighboring_relation, **sizes)
@@ -156,7 +156,7 @@ def _sgd_multiplier(
 
     def fits(multiplier: float) -> bool:
         parts = [(whole / math.sqrt(share), 1.0, 1), (multiplier, sample_rate, num_steps)]
-        return accounting.pld_epsilon(parts, delta) <= epsilon
+        return dp_sgd_accounting.pld_epsilon(parts, delta) <= epsilon
 
     # exact without sampling, which needs the most noise: an upper bound, but for the accountant's rounding
     high = whole / math.sqrt(1 - share) * math.sqrt(num_steps)

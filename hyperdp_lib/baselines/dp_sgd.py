@@ -51,11 +51,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting
+from hyperdp_lib import accounting, dp_sgd_accounting
 from hyperdp_lib.data import InputError
 from hyperdp_lib.ledger import RELATIONS
 
-MIN_DELTA = accounting.MIN_DP_SGD_DELTA
+MIN_DELTA = dp_sgd_accounting.MIN_DP_SGD_DELTA
 SAMPLED_EPSILONS = (0.01, 100.0)
 """Range of epsilon in which sampled batches are calibrated in reasonable time."""
 MAX_NOISED = 2**26
@@ -153,17 +153,17 @@ def privacy_plan(
         route = "analytic Gaussian mechanism; full batches compose exactly"
         sensitivity = 2.0 if neighboring_relation == "replace_one" else 1.0
         try:
-            multiplier = accounting.noise_multiplier(epsilon, accounting.kept(delta)) * math.sqrt(num_steps)
+            multiplier = accounting.noise_multiplier(epsilon, dp_sgd_accounting.kept(delta)) * math.sqrt(num_steps)
         except ValueError as error:
             raise InputError(str(error)) from error
     elif neighboring_relation == "replace_one":
         route = "PRV accountant for add_or_remove_one with Poisson sampling; group privacy for two"
         epsilon, delta = one_of_two(epsilon, delta)
-        multiplier = _sampled_multiplier(epsilon, accounting.kept(delta), rate, num_steps)
+        multiplier = _sampled_multiplier(epsilon, dp_sgd_accounting.kept(delta), rate, num_steps)
     else:
         route = "PRV accountant with Poisson sampling"
-        multiplier = _sampled_multiplier(epsilon, accounting.kept(delta), rate, num_steps)
-    if not end_leak(multiplier, num_steps) <= 0.99 * accounting.DP_SGD_RESERVE * delta:
+        multiplier = _sampled_multiplier(epsilon, dp_sgd_accounting.kept(delta), rate, num_steps)
+    if not end_leak(multiplier, num_steps) <= 0.99 * dp_sgd_accounting.DP_SGD_RESERVE * delta:
         raise InputError(
             f"this budget leaves so little noise, {multiplier:.2g} sensitivities in {num_steps} steps, that the end of "
             "floating-point noise would show: take more steps, or a smaller epsilon."
@@ -267,7 +267,7 @@ def secret_generator() -> torch.Generator:
 @functools.cache  # seconds of numerical composition, and the same for every seed
 def _sampled_multiplier(epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
     try:
-        return accounting.dp_sgd_noise_multiplier(epsilon, delta, sample_rate, num_steps)
+        return dp_sgd_accounting.dp_sgd_noise_multiplier(epsilon, delta, sample_rate, num_steps)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from hyperdp_lib import accounting
+from hyperdp_lib import accounting, dp_sgd_accounting
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.baselines.dp_sgd import PrivacyPlan
 from hyperdp_lib.data import InputError
@@ -144,7 +144,7 @@ def search_plan(
     if sampled and relation == "replace_one":  # group privacy for two, as in `dp_sgd.privacy_plan`
         relation, (epsilon, delta) = "add_or_remove_one", dp_sgd.one_of_two(epsilon, delta)
     distribution = dict(mean_trials=mean_trials, shape=shape)
-    kept = accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
+    kept = dp_sgd_accounting.kept(delta)  # the rest is for the end of DP-SGD's noise
     whole = _gaussian_trial(epsilon, kept, **distribution)
     score_multiplier = whole / math.sqrt(score_share)
     step_multiplier = whole * math.sqrt(num_steps / (1 - score_share))
@@ -157,14 +157,14 @@ def search_plan(
 
     if sampled:
         step_multiplier = _least(lambda m: fits(plan_of(m)), high=step_multiplier)
-        trial_epsilon = accounting.pld_epsilon([(step_multiplier, rate, num_steps)], kept)
+        trial_epsilon = dp_sgd_accounting.pld_epsilon([(step_multiplier, rate, num_steps)], kept)
     else:
         trial_epsilon = accounting.epsilon(step_multiplier / math.sqrt(num_steps), kept)
     while True:  # one round as a rule: the training's own calibration may differ from ours in the last digits
         sgd = dp_sgd.privacy_plan(trial_epsilon, delta, relation, **sizes)
         if fits(sgd):
             leak = mean_trials * dp_sgd.end_leak(sgd.noise_multiplier, num_steps)
-            if leak * (1 + math.exp(min(epsilon, 700))) > 0.99 * accounting.DP_SGD_RESERVE * delta:
+            if leak * (1 + math.exp(min(epsilon, 700))) > 0.99 * dp_sgd_accounting.DP_SGD_RESERVE * delta:
                 raise InputError(
                     f"epsilon {epsilon:g} leaves a search so little noise that the end of floating-point noise would "
                     "show: take more steps, or a smaller epsilon."
