@@ -292,7 +292,7 @@ UNREADABLE = torch.empty(6, *SHAPE, device="meta")  # any look at a value is an 
         (torch.empty(6, 1, 16, 20, device="meta"), {}, "square"),
         (torch.empty(6, 3, 16, 16, device="meta"), {}, "cannot read images of shape"),
         (UNREADABLE, {"network": lambda inputs: inputs.mean()}, "must return"),
-        (images() * math.nan, {}, "NaN"),
+        (images() * math.nan, {}, "finite floats"),
         (images(5), {}, "differ in length"),
         (images(), {"class_names": ("a", "b")}, "must lie in 0 .. 1"),
     ],
