@@ -53,7 +53,7 @@ Every table of the comparison, written by `make results-table` from the records 
 its command.
 
 No private image was trained on, and every search for settings saw public data only
-([where private results had a say all the same](how_the_weights_were_made.md#where-private-results-had-a-say)).
+([where private results had a say all the same](#where-private-results-had-a-say)).
 Letters that look like a digit, by a fixed list, are left out of the public glyphs. δ = 1e-5, add-or-remove-one, mean ±
 standard deviation over seeds; a cell without ± has one seed.
 
