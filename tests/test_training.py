@@ -125,13 +125,13 @@ from pathlib import Path
 
 import torch
 
-from hyperdp_lib.public import training
-from hyperdp_lib.public.training import Loop, StageConfig
+from hyperdp_lib.public import stages, training
+from hyperdp_lib.public.stages import Loop, StageConfig
 
 torch.set_num_threads(1)
 training._join("cpu")
-number, count = training.rank()
-assert count == 2 and training.own_seed(5) != 5 or number == 0
+number, count = stages.rank()
+assert count == 2 and stages.own_seed(5) != 5 or number == 0
 torch.manual_seed(0)
 loop = Loop("toy", [(torch.nn.Linear(3, 2), 1.0)], StageConfig(5, 1, 1, 0.1, 0.5), Path(sys.argv[1]))
 g = torch.Generator().manual_seed(7)
