@@ -48,6 +48,7 @@ def save_pretrained(folder: Path, base_model: nn.Module, hypernetwork: HyperNetw
 def image_hashes(levels: Tensor) -> np.ndarray:
     """Hashes (N,) int64 of images (N, C, H, W) uint8: the same for the same pixels, and by chance hardly ever.
 
+    >>> import torch
     >>> one = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     >>> len(set(image_hashes(torch.cat([one, one, one + 1])).tolist()))
     2
