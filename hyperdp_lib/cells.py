@@ -190,21 +190,6 @@ class CellHyperNetwork(nn.Module):
         return self.hypernetwork.decoder_state()
 
 
-def fit(
-    network: Any, noise_std: float, declared_per_class: float, *, labelled: bool, num_classes: int = 1
-) -> tuple[Any, str]:
-    """The network for a declared size and the noise on a sum, and a description of its sums for the ledger."""
-    if isinstance(network, NestedHyperNetwork) and network.centroids:
-        fitted = CellHyperNetwork.fitting(
-            network, noise_std, declared_per_class, labelled=labelled, num_classes=num_classes
-        )
-        count, k = fitted.encoder.centroids.shape
-        if count > 1:
-            return fitted, f"a sum has a count and {k} coordinates for each of {count} cells"
-    network = network.fitting(noise_std, declared_per_class)
-    return network, f"a sum has a count and {network.encoder.config.dimension - 1} coordinates"
-
-
 def reading(network: NestedHyperNetwork, numbers: int) -> NestedHyperNetwork | CellHyperNetwork:
     """The network for a noisy sum of so many numbers a class: these follow from coordinates and cells, and tell both.
 

@@ -31,8 +31,7 @@ from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import InputError
 from hyperdp_lib.prior import Prior, observed, posterior
-from hyperdp_lib.refinement import reader
-from hyperdp_lib.release import Release
+from hyperdp_lib.releasing import Release, reader
 
 RIDGE = 0.3  # how far the spread of public images is drawn towards one number for all directions
 SURPLUS = 3  # times as many samples are drawn as are chosen of them
@@ -54,8 +53,8 @@ class Classifier:
 
     Examples
     --------
-    >>> adapter, certificate, noisy_sum = release(...)  # doctest: +SKIP
-    >>> classify = Classifier.of(noisy_sum, certificate.noise_std, hypernetwork)  # doctest: +SKIP
+    >>> released = release(...)  # doctest: +SKIP
+    >>> classify = Classifier.of(released.noisy_sum, released.certificate.noise_std, hypernetwork)  # doctest: +SKIP
     >>> labels = classify(images)  # doctest: +SKIP
     """
 

@@ -7,10 +7,11 @@ the public training measured on its tasks: priors, cells, a feature network for 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,61 @@ def foundation(folder: Path) -> Path:
     """The folder with the base model and the feature network that weights were made for: their own, or another's."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return WEIGHTS / manifest["builds_on"] if "builds_on" in manifest else folder
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Everything public that a release needs: base model, and hypernetwork with its encoder and prior.
+
+    Attributes
+    ----------
+    base_model
+        A diffusers model.
+    hypernetwork : HyperNetwork
+        For ``base_model``.
+    name : str
+        Under which name or path they were loaded.
+    paper : str or None
+        Weights for the paper's one sum, if they are others.
+    """
+
+    base_model: nn.Module
+    hypernetwork: Any
+    name: str = "custom"
+    paper: str | None = None
+
+    @functools.cached_property
+    def one_sum(self) -> HyperNetwork:
+        """The hypernetwork for the paper's method: it reads all coordinates of one sum."""
+        device = str(next(self.hypernetwork.parameters()).device)
+        return self.hypernetwork if self.paper is None else load_pretrained(self.paper, device)[1]
+
+
+def load_weights(name_or_path: str | Path = "glyphs", device: str = "cpu") -> Weights:
+    """The best `Weights` of a name (``glyphs``, ``drawings``, ...) or folder; frozen, float32, in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        if there are none, or they are damaged.
+
+    Examples
+    --------
+    >>> load_weights("glyphs").hypernetwork.encoder.config.image_size
+    16
+    """
+    name = str(name_or_path)
+    best = best_name(name)
+    return Weights(*load_pretrained(best, device), name, name if best != name else None)
+
+
+def best_name(name: str) -> str:
+    """The shipped weights that are meant by a name: those with nested coordinates, if there are two of that name.
+
+    >>> best_name("glyphs"), best_name("drawings")
+    ('glyphs-nested', 'drawings')
+    """
+    return f"{name}-nested" if (WEIGHTS / f"{name}-nested" / "manifest.json").is_file() else name
 
 
 def features_file(name_or_path: str | Path = "glyphs") -> Path:

@@ -15,7 +15,7 @@ Why not until nothing is missed (``gain = inf``)? The noisy mean is not the mean
 hypernetwork has: private images may look like nothing in the public data. The input would then wander off without
 end, and samples get worse and not better. The default is safe there: on public drawings unlike those of the training
 (Quick, Draw! and Kuzushiji-Kanji) it does no harm on average. Where private data may be expected to look like the
-public tasks, a larger gain buys more. The comparison has no leash: its settings were searched before there was one.
+public tasks, a larger gain buys more.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ from torch import Tensor, nn
 
 from hyperdp_lib import diffusion, embedding
 from hyperdp_lib.adapter import Adapter
-from hyperdp_lib.artefacts import tensors_sha256
-from hyperdp_lib.cells import CellHyperNetwork, mix, reading
+from hyperdp_lib.cells import CellHyperNetwork, mix
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import noisy_count
-from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.progress import progress_bar
-from hyperdp_lib.release import Release
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ def refine(
 
     Examples
     --------
-    >>> adapter, certificate, noisy_sum = release(...)  # doctest: +SKIP
-    >>> better = refine(noisy_sum, certificate.noise_std, hypernetwork, base_model,
+    >>> better = refine(released.noisy_sum, released.certificate.noise_std, hypernetwork, base_model,
     ...                 generator=torch.Generator().manual_seed(0))  # doctest: +SKIP
     """
     config = config or RefinementConfig()
@@ -154,54 +150,3 @@ def refine(
         if number in counted:
             average += inputs / len(counted)
     return hypernetwork(average, noise_std, names).detach()
-
-
-def refine_release(
-    released: Release,
-    hypernetwork: Any,
-    base_model: nn.Module,
-    config: RefinementConfig | None = None,
-    *,
-    generator: torch.Generator,
-    progress: bool = False,
-) -> Release:
-    """The release with adapters from `refine`; its certificate gets a note, and every number in it stays.
-
-    Raises
-    ------
-    InputError
-        if the noisy sum was not made with this hypernetwork's encoder.
-    """
-    config = config or RefinementConfig()
-    statement = released.certificate
-    hypernetwork, noise_std = reader(released, hypernetwork)
-    adapter = refine(
-        released.noisy_sum,
-        noise_std,
-        hypernetwork,
-        base_model,
-        config,
-        class_names=statement.class_names,
-        generator=generator,
-        progress=progress,
-    )
-    noted = dataclasses.replace(
-        statement,
-        hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
-        post_processing=(*statement.post_processing, config.note),
-    )
-    return Release(adapter, noted, released.noisy_sum)
-
-
-def reader(released: Release, hypernetwork: Any) -> tuple[Any, float]:
-    """The hypernetwork as it reads the release's noisy sum, and the noise on that."""
-    width, noise_std = released.noisy_sum.shape[1], released.certificate.noise_std
-    other = "the release was not made with this hypernetwork's encoder: name its own (--hypernetwork)."
-    try:
-        nested = isinstance(hypernetwork, NestedHyperNetwork)
-        hypernetwork = reading(hypernetwork, width) if nested else hypernetwork.using(width - 1)
-    except InputError as error:  # it has no sums of so many numbers
-        raise InputError(other) from error
-    if noise_std is None or released.certificate.encoder_sha256 != tensors_sha256(hypernetwork.encoder.state_dict()):
-        raise InputError(other)
-    return hypernetwork, noise_std

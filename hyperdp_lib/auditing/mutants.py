@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import embedding, looks, mechanism, release
+from hyperdp_lib import embedding, mechanism, planning, releasing, two_steps
 from hyperdp_lib.auditing.pipeline import INTACT, Pipeline, miniature
 from hyperdp_lib.baselines.dp_sgd import PrivacyPlan
-from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import Batch, GaussianSum
+from hyperdp_lib.releasing import Release
 
 
 def _gathered(private_batches: Iterable[Batch]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -172,39 +172,59 @@ def _batch_mean(private_images: Tensor) -> NDArray[np.floating]:
         return embedding.embed(encoder, private_images).numpy()
 
 
-def one_noise_for_both_looks(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
-    """Both looks draw from one secret seed, so the second's noise is the first's over again."""
-    fresh = secrets.randbits(64)
-    with mock.patch.object(looks, "_seeds", lambda seed: (fresh, fresh)):
-        return release.release(private_images, hypernetwork, **asked)
+def one_noise_for_all_steps(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
+    """All sums of a release draw from one secret seed, so a second's noise is the first's over again."""
+    fresh, intact = secrets.randbits(64), mechanism.noisy_sum
+
+    def noisy_sum(batches: Iterable[Batch], config: GaussianSum, *, seed: int | None = None) -> NDArray[np.float64]:
+        return intact(batches, config, seed=fresh)
+
+    with mock.patch.object(mechanism, "noisy_sum", noisy_sum):
+        return INTACT.release(private_images, hypernetwork, **asked)
 
 
-def centre_of_the_exact_sum(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
-    """The second look is centred on the sum that the first has before its noise."""
-    intact, labels = looks.Centring.of, asked.get("private_labels")
+def centre_of_the_exact_sum(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
+    """The second step is centred on the sum that the first has before its noise."""
+    intact, labels = two_steps.Centring.of, asked.get("private_labels")
 
-    def of(first_look: NDArray[np.float64], *rest: Any, **known: Any) -> looks.Centring:
-        num_rows, dimension = first_look.shape
+    def of(first_sum: NDArray[np.float64], *rest: Any, **known: Any) -> two_steps.Centring:
+        num_rows, dimension = first_sum.shape
         rows = labels.numpy() if labels is not None and num_rows > 1 else None
         config = GaussianSum(dimension, 1.0, num_rows)
         exact = mechanism._exact_sum(embedding.embed_rows(hypernetwork.encoder, private_images, rows), config)
         return intact(exact / config.grid_units, *rest, **known)
 
-    with mock.patch.object(looks.Centring, "of", of):
-        return release.release(private_images, hypernetwork, **asked)
+    with mock.patch.object(two_steps.Centring, "of", of):
+        return INTACT.release(private_images, hypernetwork, **asked)
 
 
-def true_count_for_the_declared(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
-    """Two looks go by the true number of images in place of the declared one."""
-    if asked.get("declared_size") is not None:
-        asked["declared_size"] = max(1, len(private_images))
-    return release.release(private_images, hypernetwork, **asked)
+def true_count_for_the_public(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
+    """A release goes by the true number of images in place of the one that is public."""
+    if asked.get("public_size") is not None:
+        asked["public_size"] = max(1, len(private_images))
+    return INTACT.release(private_images, hypernetwork, **asked)
 
 
-def first_look_not_charged(private_images: Tensor, hypernetwork: Any, **asked: Any) -> release.Release:
-    """The certificate counts the second look only, as if the first were public."""
-    with mock.patch.object(looks, "charge", lambda first, delta: LedgerEntry("declared_public", looks.FIRST, 0.0, 0.0)):
-        return release.release(private_images, hypernetwork, **asked)
+def true_count_for_the_noisy(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
+    """A release goes by the true number of images in place of the noisy count that was paid for."""
+    intact = two_steps.two_steps
+
+    def knowing(*rest: Any, **known: Any) -> Any:
+        return intact(*rest, **known | {"size": two_steps.Size(max(1, len(private_images)), 0.0)})
+
+    with mock.patch.object(planning, "two_steps", knowing):
+        return INTACT.release(private_images, hypernetwork, **asked)
+
+
+def only_the_last_sum_charged(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
+    """The certificate counts the last sum only, as if those before it were public."""
+    intact = releasing._certify
+
+    def certify(plan: Any, released: Any, *rest: Any) -> Any:
+        return intact(plan, released[-1:], *rest)
+
+    with mock.patch.object(releasing, "_certify", certify):
+        return INTACT.release(private_images, hypernetwork, **asked)
 
 
 def fixed_batches(private_count: int, plan: PrivacyPlan, generator: torch.Generator) -> Iterator[Tensor]:
@@ -242,10 +262,11 @@ MUTANTS: Mapping[str, Pipeline] = {
     "private mean-centring": replace(INTACT, noisy_sum=private_mean_centring),
     "float noise": replace(INTACT, noisy_sum=float_noise),
     "batch mean in the nested encoder": replace(INTACT, embed_nested=_batch_mean),
-    "one noise for both looks": replace(INTACT, release=one_noise_for_both_looks),
+    "one noise for all steps": replace(INTACT, release=one_noise_for_all_steps),
     "centre of the exact sum": replace(INTACT, release=centre_of_the_exact_sum),
-    "true count for the declared": replace(INTACT, release=true_count_for_the_declared),
-    "first look not charged": replace(INTACT, release=first_look_not_charged),
+    "true count for the public": replace(INTACT, release=true_count_for_the_public),
+    "true count for the noisy": replace(INTACT, release=true_count_for_the_noisy),
+    "only the last sum charged": replace(INTACT, release=only_the_last_sum_charged),
     "fixed batches sold as Poisson": replace(INTACT, poisson_batches=fixed_batches),
 }
 """What is wrong -> a pipeline that does it."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import accounting, diffusion, embedding, mechanism, release
+from hyperdp_lib import accounting, diffusion, embedding, mechanism, releasing
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib.data import ImageSet
 from hyperdp_lib.embedding import Encoder, EncoderConfig, FeatureNetwork
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperdp_lib.ledger import LedgerEntry
 from hyperdp_lib.mechanism import Batch, GaussianSum
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
+from hyperdp_lib.planning import plan
+from hyperdp_lib.pretrained import Weights
 from hyperdp_lib.prior import Prior
 from hyperdp_lib.public.nested import directions
 
@@ -44,7 +48,7 @@ class Pipeline:
     noisy_sum : callable
         Like `mechanism.noisy_sum`.
     release : callable
-        Like `release.release`, of one look or two.
+        Like `release`: plan and `releasing.release` in one call.
     poisson_batches : callable
         Like `baselines.dp_sgd.poisson_batches`.
     """
@@ -53,7 +57,7 @@ class Pipeline:
     embed: Callable[[Tensor], NDArray[np.floating]]
     embed_nested: Callable[[Tensor], NDArray[np.floating]]
     noisy_sum: Callable[..., NDArray[np.float64]]
-    release: Callable[..., release.Release]
+    release: Callable[..., releasing.Release]
     poisson_batches: Callable[..., Iterator[Tensor]]
 
     def config(
@@ -77,7 +81,7 @@ class Pipeline:
 def miniature() -> Mapping[str, Any]:
     """Public networks for images (N, 1, 16, 16), tiny and untrained: plain, with nested coordinates, and with cells.
 
-    The first two have a prior, which two looks need; the adapters of all depend on what they read.
+    The first two have a prior, which two steps need; the adapters of all depend on what they read.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -108,6 +112,24 @@ def _embed_nested(private_images: Tensor) -> NDArray[np.floating]:
     return embedding.embed(miniature()["cells"].encoder, private_images).numpy()
 
 
+def release(
+    private_images: Tensor,
+    hypernetwork: Any,
+    *,
+    private_labels: Tensor | None = None,
+    class_names: tuple[str, ...] | None = None,
+    method: str = "one_sum",
+    ledger: Sequence[LedgerEntry] = (),
+    seed: int | None = None,
+    **budget: Any,
+) -> releasing.Release:
+    """The release of images by one hypernetwork, decoded once; ``budget`` as in `planning.plan`."""
+    chosen = plan(Weights(miniature()["base"], hypernetwork), class_names=class_names, method=method,
+                  refined=False, **budget)  # fmt: skip
+    private = ImageSet(private_images, private_labels, class_names)
+    return releasing.release(private, chosen, ledger=ledger, seed=seed)
+
+
 INTACT = Pipeline(
-    accounting.noise_multiplier, _embed, _embed_nested, mechanism.noisy_sum, release.release, dp_sgd.poisson_batches
+    accounting.noise_multiplier, _embed, _embed_nested, mechanism.noisy_sum, release, dp_sgd.poisson_batches
 )

@@ -2,7 +2,7 @@
 
 A `Bench` holds what the methods share.  All methods that read a noisy sum of embeddings read one and the same, so that
 they differ in what they do with it and not in their luck.  A rival is a module that trains or releases (called like
-`hyperdp_lib.release.release`) and a configuration; `rival` makes a method of the two.
+`hyperdp_lib.releasing.release`) and a configuration; `rival` makes a method of the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, embedding, looks, refinement, strict_json
+from hyperdp_lib import diffusion, embedding, planning, refinement, strict_json
 from hyperdp_lib.baselines import (
     controls,
     direct_conditioning,
@@ -42,10 +42,13 @@ from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import HyperNetwork
+from hyperdp_lib.measure import measure
 from hyperdp_lib.nested import NestedHyperNetwork
-from hyperdp_lib.pretrained import CELLS_FILE, WEIGHTS, load_pretrained
+from hyperdp_lib.pretrained import CELLS_FILE, WEIGHTS, Weights, load_pretrained
 from hyperdp_lib.refinement import RefinementConfig
+from hyperdp_lib.releasing import release
 from hyperdp_lib.scores import evaluation
+from hyperdp_lib.two_steps import TYPICAL, Size, two_steps
 
 
 @dataclass(frozen=True)
@@ -261,32 +264,58 @@ def dp_deepsets_cells_refined(bench: Bench, epsilon: float, seed: int) -> Outcom
 
 
 def dp_deepsets_looks(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, measured in two looks."""
+    """Nested coordinates, measured in two steps."""
     return _looks(bench, epsilon, seed)
 
 
 def dp_deepsets_looks_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Two looks, decoded in a closed loop."""
+    """Two steps, decoded in a closed loop."""
     return _looks(bench, epsilon, seed, bench.settings.config("dp_deepsets_nested_refined", epsilon))
+
+
+def hyperdp(bench: Bench, epsilon: float, seed: int) -> Outcome:
+    """Ours as a user gets it: `plan` decides by itself, the number of images is bought, decoding is refined."""
+    (network,) = bench.public_models("dp_deepsets_nested")
+    budget: dict[str, Any] = {"epsilon": epsilon} if epsilon < math.inf else {"noise_multiplier": 0.0}
+    chosen = planning.plan(
+        Weights(bench.base_model, network),
+        delta=bench.delta,
+        neighboring_relation=bench.neighboring_relation,
+        class_names=bench.private_train.class_names,
+        **budget,
+    )
+    started = time.perf_counter()
+    released = release(bench.private_train, chosen, seed=seed, progress=bench.progress)
+    done = time.perf_counter()
+    images, labels = bench.sample(released.adapter, seed)
+    ledger = [entry.description for entry in released.certificate.ledger if entry.private]
+    return Outcome(
+        images,
+        labels,
+        {"release": done - started, "sample": time.perf_counter() - done},
+        0,
+        released.noisy_sum.size,
+        len(ledger),
+        {"ledger": ledger, "post_processing": list(released.certificate.post_processing)},
+    )
 
 
 def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig | None = None) -> Outcome:
     (network,) = bench.public_models("dp_deepsets_nested")
-    network, _ = looks.fit(network, *_declared(bench, epsilon))
+    noise_std, each = _declared(bench, epsilon)
+    network = network.fitting(TYPICAL * noise_std, each)
     labels = bench.private_train.labels
 
     def read() -> tuple[np.ndarray, float]:
-        seen = looks.look_twice(
-            bench.private_train.images,
-            None if labels is None else labels.cpu().numpy().astype(np.int64),
+        course = two_steps(
             network,
             noise_multiplier=controls.gaussian_sum(epsilon, 1, 1, bench.delta).noise_multiplier,
             num_rows=len(bench.class_names),
-            declared_size=len(bench.private_train),
+            size=Size.about(len(bench.private_train)),
             neighboring_relation=bench.neighboring_relation,
-            seed=seed,
         )
-        return seen.noisy_sum, seen.second.noise_std
+        rows = None if labels is None else labels.cpu().numpy().astype(np.int64)
+        return measure(bench.private_train.images, rows, course, seed=seed)[1]
 
     made = _ours(bench, epsilon, seed, network, refining, read)
     return dataclasses.replace(made, num_releases=2)
@@ -484,6 +513,7 @@ _LORA_NON_PRIVATE = DPLoraConfig(
     r=8, lora_alpha=8, num_steps=150, learning_rate=5e-3, expected_batch_size=64, ema_decay=0.95
 )
 METHODS: Mapping[str, Method] = {
+    "hyperdp": Method(hyperdp, also=(math.inf,), weights="nested"),
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
     "dp_deepsets_refined": Method(dp_deepsets_refined, also=(math.inf,), default=RefinementConfig()),
     "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested", plain_only=True),

@@ -1,7 +1,6 @@
-"""Private images in, adapter and certificate out: the one composition of embedding, mechanism and hypernetwork.
+"""A release on disk: PEFT adapters, base model, certificate, noisy sum, model card, sample sheet.
 
-Private data is read in one place, the loop that feeds ``mechanism.noisy_sum``. Everything after it sees the noisy sum
-only, and is therefore free of privacy cost.
+The folder is complete by itself: plain diffusers and PEFT draw from it.
 """
 
 from __future__ import annotations
@@ -13,19 +12,18 @@ import os
 import re
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
-from torch import Tensor, nn
+from torch import nn
 
-from hyperdp_lib import accounting, certificate, looks, mechanism, strict_json
+from hyperdp_lib import certificate, strict_json
 from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
 from hyperdp_lib.artefacts import (
     BASE_FILES,
@@ -39,170 +37,18 @@ from hyperdp_lib.artefacts import (
     tensors_sha256,
 )
 from hyperdp_lib.certificate import Certificate
-from hyperdp_lib.data import ImageSet, InputError, check_model_range, save_grid
+from hyperdp_lib.data import ImageSet, InputError, save_grid
 from hyperdp_lib.diffusion import load_base_model, sample_classes
-from hyperdp_lib.embedding import embed_rows
-from hyperdp_lib.hypernetwork import HyperNetwork
-from hyperdp_lib.ledger import LedgerEntry
+from hyperdp_lib.planning import folder_names
+from hyperdp_lib.releasing import Release
 
 MOST_BYTES = 2**30  # of one file that is read back
-
-
-class Release(NamedTuple):
-    """What leaves the private side: the adapter, its certificate, and the noisy sum (K, k) it was decoded from.
-
-    The noisy sum is as public as the adapter: a better hypernetwork decodes it again at no further privacy cost.
-    """
-
-    adapter: Adapter
-    certificate: Certificate
-    noisy_sum: np.ndarray
-
-
-def release(
-    private_images: Tensor,
-    hypernetwork: HyperNetwork,
-    *,
-    epsilon: float | None = None,
-    delta: float = 1e-5,
-    noise_multiplier: float | None = None,
-    neighboring_relation: str = "add_or_remove_one",
-    private_labels: Tensor | None = None,
-    class_names: Sequence[str] | None = None,
-    ledger: Sequence[LedgerEntry] = (),
-    declared_size: float | None = None,
-    seed: int | None = None,
-    batch_size: int = 1024,
-) -> Release:
-    """Turn private images into one adapter (or one a class) with one noisy sum, or with two looks.
-
-    Parameters
-    ----------
-    private_images : (N, C, H, W) float in [-1, 1], the size of the base model.
-    hypernetwork : public, see ``load_pretrained``.
-    epsilon, noise_multiplier : exactly one of them; the noise multiplier is sigma over sensitivity.
-    delta : of (epsilon, delta)-differential privacy, in (0, 1).
-    neighboring_relation : ``add_or_remove_one`` (the number of images stays secret), ``replace_one``, ``zero_out``.
-    private_labels : (N,) in 0..K-1, with ``class_names`` (public) of length K; one adapter a class.
-    ledger : what was spent on the same images before, or declared public of them; the certificate's epsilon covers all.
-    declared_size : number of images, about, as declared public. If given, two looks share the budget, see `looks`.
-    seed : None for secret noise from the operating system. A number makes reproducible noise, for books and tests, and
-        everything made with it is stamped as not private. ``epsilon=math.inf`` (no noise) needs a seed.
-
-    Raises
-    ------
-    InputError
-        before anything is drawn, if an argument is out of range or the images are not what the model expects.
-
-    Examples
-    --------
-    >>> base_model, hypernetwork = load_pretrained("glyphs")  # doctest: +SKIP
-    >>> adapter, certificate, noisy_sum = release(private_images, hypernetwork, epsilon=1.0)  # doctest: +SKIP
-    """
-    if (epsilon is None) == (noise_multiplier is None):
-        raise InputError("give exactly one of epsilon and noise_multiplier")
-    _check_images(private_images, hypernetwork)
-    names = _check_labels(private_images, private_labels, class_names)
-    encoder = hypernetwork.encoder
-    rows = None if private_labels is None else private_labels.cpu().numpy()
-    sums: dict[str, Any] = dict(
-        dimension=encoder.config.dimension, num_rows=max(1, len(names)), neighboring_relation=neighboring_relation
-    )
-
-    def state(config: mechanism.GaussianSum, spent: Sequence[LedgerEntry], **fields: Any) -> Certificate:
-        return certificate.gaussian_certificate(
-            config,
-            delta,
-            seeded=seed is not None,
-            ledger=spent,
-            epsilon=epsilon,
-            num_private=len(private_images),
-            class_names=names,
-            encoder_sha256=tensors_sha256(encoder.state_dict()),
-            hypernetwork_sha256=tensors_sha256(hypernetwork.decoder_state()),
-            base_model_sha256=hypernetwork.base_model_sha256,
-            **fields,
-        )
-
-    try:
-        if epsilon is not None:
-            noise_multiplier = accounting.noise_multiplier(epsilon, delta)
-        assert noise_multiplier is not None  # one of the two is given
-        if declared_size is None:
-            config = mechanism.GaussianSum(noise_multiplier=noise_multiplier, **sums)
-            statement = state(config, ledger)
-            batches = embed_rows(encoder, private_images, rows, batch_size=batch_size)
-            noisy_sum = mechanism.noisy_sum(batches, config, seed=seed)
-        else:
-            spent = looks.declared(ledger, declared_size)
-            state(mechanism.GaussianSum(noise_multiplier=noise_multiplier, **sums), spent)  # refuses before it is read
-            noisy_sum, first, config = looks.look_twice(
-                private_images,
-                rows,
-                hypernetwork,
-                noise_multiplier=noise_multiplier,
-                num_rows=sums["num_rows"],
-                declared_size=declared_size,
-                neighboring_relation=neighboring_relation,
-                seed=seed,
-                batch_size=batch_size,
-            )
-            statement = state(config, (*spent, looks.charge(first, delta)), description=looks.SECOND)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    return Release(decode(noisy_sum, config.noise_std, hypernetwork, names), statement, noisy_sum)
-
-
-@torch.no_grad()
-def decode(
-    noisy_sum: np.ndarray, noise_std: float, hypernetwork: HyperNetwork, class_names: Sequence[str] = ()
-) -> Adapter:
-    """Adapter from a released noisy sum (K, k): post-processing, for any hypernetwork of the same encoder."""
-    device = next(hypernetwork.parameters()).device
-    sums = torch.from_numpy(np.asarray(noisy_sum)).to(device, torch.float32)
-    return hypernetwork(sums, noise_std, tuple(class_names) or ("adapter",)).detach()
-
-
-def _check_images(private_images: Tensor, hypernetwork: HyperNetwork) -> None:
-    config = hypernetwork.encoder.config
-    expected = (config.channels, config.image_size, config.image_size)
-    if private_images.ndim != 4 or tuple(private_images.shape[1:]) != expected:
-        raise InputError(
-            f"images must have shape (N, {', '.join(map(str, expected))}): use data.load_images to make them so"
-        )
-    check_model_range(private_images, "images")
-
-
-def _check_labels(
-    private_images: Tensor, private_labels: Tensor | None, class_names: Sequence[str] | None
-) -> tuple[str, ...]:
-    if private_labels is None:
-        if class_names:
-            raise InputError("class_names are given but private_labels are not: give both or neither")
-        return ()
-    if not class_names:
-        raise InputError(
-            "private_labels need class_names: which classes exist is public and must be declared"
-        )
-    if private_labels.shape != (len(private_images),):
-        raise InputError("private_labels must hold one label for each image")
-    if len({unicodedata.normalize("NFC", name) for name in class_names}) != len(class_names):
-        raise InputError("class_names must all be different")
-    return _folder_names(class_names)
-
-
-def _folder_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Class names, which become folders of a release: none may lead elsewhere, also not one from a certificate."""
-    for name in class_names:
-        if not name or name.startswith(".") or any(c in name for c in "/\\:\0"):
-            raise InputError(f"the class name {name!r} cannot be a folder name: rename the class")
-    return tuple(class_names)
 
 
 def save_release(
     folder: str | Path,
     released: Release,
-    base_model: nn.Module,
+    base_model: nn.Module | None = None,
     *,
     num_samples: int = 100,
     overwrite: bool = False,
@@ -215,17 +61,21 @@ def save_release(
     Raises
     ------
     InputError
-        if the folder exists and ``overwrite`` is False, or if ``base_model`` is not the one of the release.
+        if the folder exists and ``overwrite`` is False, or if ``base_model`` (default: the release's own) is not the
+        one it was made for.
     """
+    base_model = released.base_model if base_model is None else base_model
+    if base_model is None:
+        raise InputError("the release holds no base model: give the one that it was made for")
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise InputError(f"{str(folder)!r} exists: choose another --out, or --overwrite")
-    _folder_names(released.certificate.class_names)
+    folder_names(released.certificate.class_names)
     if released.certificate.base_model_sha256 not in (None, tensors_sha256(base_model.state_dict())):
         raise InputError("the base model is not the one that the release was made for")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    adapter, statement, noisy_sum = released
+    adapter, statement, noisy_sum = released.adapter, released.certificate, released.noisy_sum
     try:
         os.chmod(temporary, 0o755)
         members = _members(adapter, statement.class_names or ("",))
@@ -316,7 +166,7 @@ def _same(adapter: Adapter, i: int, j: int) -> bool:
 def load_release(folder: str | Path, base_model: nn.Module | None = None) -> Release:
     """Inverse of `save_release`, for the base model it was made for: by default the one in the folder.
 
-    It reads what the certificate lists; whether that is what was released is the question of `certificate.verify`.
+    It reads what the certificate lists; whether that is what was released is the question of `verification.verify`.
 
     Raises
     ------
@@ -332,7 +182,7 @@ def load_release(folder: str | Path, base_model: nn.Module | None = None) -> Rel
     except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{EMBEDDING_FILE} in {str(folder)!r} is missing or damaged; see hyperdp verify") from error
     base_model = load_base(folder) if base_model is None else base_model
-    return Release(_adapters(folder, statement, base_model), statement, noisy_sum)
+    return Release(_adapters(folder, statement, base_model), statement, noisy_sum, base_model)
 
 
 def class_names_of(adapter: Adapter) -> tuple[str, ...]:
@@ -352,10 +202,10 @@ def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
 
 
 def _adapters(folder: Path, statement: Certificate | None, base_model: nn.Module) -> Adapter:
-    names = _folder_names(statement.class_names) if statement else ()
+    names = folder_names(statement.class_names) if statement else ()
     expected = statement.base_model_sha256 if statement else None
     if expected is not None and expected != tensors_sha256(base_model.state_dict()):
-        raise InputError(f"{str(folder)!r} is for another base model; name its hypernetwork with --hypernetwork")
+        raise InputError(f"{str(folder)!r} is for another base model; name its weights with --weights")
     if statement and PARTS_FILE in statement.artefact_sha256:
         return _load_parts(folder, names, base_model)
     if os.path.lexists(folder / PARTS_FILE):
