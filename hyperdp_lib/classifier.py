@@ -11,8 +11,8 @@ equally frequent. W is the spread of public images, and private ones differ; so 
 directions (Friedman 1989), by a share that ``benchmarks/released_labels.py`` measures on public drawings. The mean of a
 cell is taken as it was released, and V_c is its error: cells lie farther out than the prior knows.
 
-What a release has learned of the labels is more than its samples keep, so samples can be chosen by it
-(`sample_agreeing`) or labelled by it (`sample_relabelled`).
+What a release has learned of the labels is more than its samples keep, so samples can be labelled by it
+(`sample_relabelled`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from hyperdp_lib.prior import Prior, observed, posterior
 from hyperdp_lib.releasing import Release, reader
 
 RIDGE = 0.3  # how far the spread of public images is drawn towards one number for all directions
-SURPLUS = 3  # times as many samples are drawn as are chosen of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +109,6 @@ class Classifier:
         return self.classes[torch.stack(log_likelihood, 1).argmax(1)]
 
 
-def agreeing(labels: Tensor, said: Tensor, per_class: int | Sequence[int]) -> Tensor:
-    """Rows of so many samples of each class, the first that agree; where too few do, the first of the others, too.
-
-    >>> agreeing(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1, 0, 0, 0, 1, 0]), 2).tolist()
-    [1, 2, 4, 3]
-    """
-    rows = []
-    for label in labels.unique():
-        mine = (labels == label).nonzero()[:, 0]
-        wanted = per_class if isinstance(per_class, int) else per_class[label]
-        rows.append(torch.cat([mine[said[mine] == label], mine[said[mine] != label]])[:wanted])
-    return torch.cat(rows)
-
-
 def draw_mixed(
     base_model: nn.Module,
     adapter: Adapter,
@@ -141,32 +126,8 @@ def draw_mixed(
     return drawn[torch.cat(mixed)], torch.arange(num_classes).repeat_interleave(torch.tensor(counts))
 
 
-def sample_agreeing(
-    released: Release,
-    hypernetwork: Any,
-    base_model: nn.Module,
-    per_class: int | Sequence[int],
-    *,
-    surplus: int = SURPLUS,
-    **options: Any,
-) -> tuple[Tensor, float]:
-    """Samples that the release itself gives to the class they were drawn for, chosen from ``surplus`` times as many.
-
-    It reads the release and public models only: no privacy cost. Parameters and errors are those of
-    `sample_relabelled`.
-
-    Returns
-    -------
-    images : (N, C, H, W) in [-1, 1], class after class; N in all.
-    share : of all that were drawn, those that agree. Where too few of a class do, others of it make up the number.
-    """
-    many = surplus * per_class if isinstance(per_class, int) else [surplus * count for count in per_class]
-    drawn, labels, said = _drawn(released, hypernetwork, base_model, many, **options)
-    return drawn[agreeing(labels, said, per_class)], float((said == labels).double().mean())
-
-
 def sample_relabelled(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int | Sequence[int], **options: Any
+    released: Release, hypernetwork: Any, per_class: int | Sequence[int], **options: Any
 ) -> tuple[Tensor, Tensor, float]:
     """Samples of all classes, each with the label that the release itself gives it, whatever it was drawn for.
 
@@ -176,7 +137,7 @@ def sample_relabelled(
 
     Parameters
     ----------
-    released : of at least two classes.
+    released : of at least two classes, with its base model.
     hypernetwork : the one whose encoder it was made with.
     per_class : images drawn for each class, or one number for each of them.
     **options : ``generator``, ``num_steps`` and ``progress`` of `diffusion.sample_classes`.
@@ -193,19 +154,13 @@ def sample_relabelled(
         if there are no classes to tell apart, the noisy sum was not made with this hypernetwork's encoder, or these
         weights have no prior.
     """
-    drawn, labels, said = _drawn(released, hypernetwork, base_model, per_class, **options)
-    return drawn, said, float((said == labels).double().mean())
-
-
-@torch.no_grad()
-def _drawn(
-    released: Release, hypernetwork: Any, base_model: nn.Module, per_class: int | Sequence[int], **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, the classes they were drawn for, and the classes that the release gives them."""
     count = len(released.certificate.class_names)
     if count < 2:
-        raise InputError("samples can only agree with a release of at least two classes: draw them as they come.")
+        raise InputError("samples can only be relabelled by a release of at least two classes: draw them as they come.")
+    if released.base_model is None:
+        raise InputError("the release holds no base model to sample from: load it with load_release")
     hypernetwork, noise_std = reader(released, hypernetwork)
     classify = Classifier.of(released.noisy_sum, noise_std, hypernetwork)
-    drawn, labels = draw_mixed(base_model, released.adapter, count, per_class, **options)
-    return drawn, labels, classify(drawn)
+    drawn, labels = draw_mixed(released.base_model, released.adapter, count, per_class, **options)
+    said = classify(drawn)
+    return drawn, said, float((said == labels).double().mean())

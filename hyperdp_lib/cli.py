@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
-DEFAULT_HYPERNETWORK = "glyphs"
+DEFAULT_WEIGHTS = "glyphs"
 DEFAULT_FEATURES = "glyphnet"
+PLANS = ("auto", "two-steps", "cells", "one-sum")
 PRIVATE_SCORES = ("clipped-frechet-distance", "accuracy")
 PUBLIC_IMAGES = 500  # at most, of the public model alone: some seconds
 _FEATURES_HELP = "what scores are computed in: a features.safetensors, or mobilenet_v2 for colour; default: {}"
@@ -57,12 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _release(options: argparse.Namespace) -> None:
-    _check_budget(options)
-    _check_count("--num-samples", options.num_samples, least=0)
-    if options.declared_size is not None:
-        _check_count("--declared-size", options.declared_size)
-    elif options.looks == 2:
-        _refuse("two looks share the budget by the number of images; give --declared-size, if that may be public")
+    _check_epsilon(options.epsilon, options.delta)
+    if options.public_size is not None:
+        _check_count("--public-size", options.public_size)
     if not options.dry_run and options.out is None:
         _refuse("no folder to make; give --out, or --dry-run to see what would happen")
     if options.sheet is not None:
@@ -73,59 +71,30 @@ def _release(options: argparse.Namespace) -> None:
         _check_output(options.out, options.overwrite or options.dry_run, folder_of="certificate.json")
     _check_input(options.images)
     _check_device(options.device)
-    from hyperdp_lib import cells, data, looks, pretrained, release
+    from hyperdp_lib import data, pretrained, release_folder, releasing
     from hyperdp_lib.artefacts import CERTIFICATE_FILE
-    from hyperdp_lib.ledger import NUMBER_OF_IMAGES, LedgerEntry, declaration
 
     _reserve(options)
     # the images first: what is wrong with them is said before a model is loaded
     private = data.load_named_or_path(
         options.images,
-        *pretrained.geometry(options.hypernetwork),
+        *pretrained.geometry(options.weights),
         labelled=not options.unlabelled,
         class_names=options.classes,
         window=options.window,
         background=options.background,
-        stretch=pretrained.stretches(options.hypernetwork),
+        stretch=pretrained.stretches(options.weights),
     )
-    base_model, network = pretrained.load_pretrained(options.hypernetwork)
-    ledger: tuple[LedgerEntry, ...] = ()
-    noise_std = _noise_std(options)
-    if options.declared_size is not None:
-        count, labelled = len(private.class_names or ("one",)), private.labels is not None
-        per_class = options.declared_size / count
-        if options.looks == 2:
-            network, text = looks.fit(network, noise_std, per_class)
-        else:
-            network, text = cells.fit(network, noise_std, per_class, labelled=labelled, num_classes=count)
-        declared = f"number of images, about {options.declared_size}: {text}"
-        ledger = (declaration(NUMBER_OF_IMAGES, declared),)
-    _preview(options, private, network, noise_std, [entry.description for entry in ledger])
+    plan = _planned(options, private.class_names)
+    _preview(options, private, plan)
     if options.dry_run:
         return
     private_images = -private.images if options.invert else private.images
     if options.reservation is not None:
         options.reservation.commit()
-    released = release.release(
-        private_images.to(options.device),
-        network.to(options.device),
-        epsilon=options.epsilon,
-        delta=options.delta,
-        noise_multiplier=options.noise_multiplier,
-        neighboring_relation=options.neighboring_relation,
-        private_labels=private.labels,
-        class_names=private.class_names,
-        ledger=ledger,
-        declared_size=options.declared_size if options.looks == 2 else None,
-        seed=options.seed,
-    )
-    release.save_release(
-        options.out,
-        released,
-        base_model.to(options.device),
-        num_samples=options.num_samples,
-        overwrite=options.overwrite,
-    )
+    private = data.ImageSet(private_images.to(options.device), private.labels, private.class_names)
+    released = releasing.release(private, plan, seed=options.seed, progress=True)
+    release_folder.save_release(options.out, released, overwrite=options.overwrite)
     if options.json:
         written = (options.out / CERTIFICATE_FILE).read_text(encoding="utf-8")
         print(json.dumps({"out": str(options.out), "certificate": json.loads(written)}))
@@ -134,27 +103,48 @@ def _release(options: argparse.Namespace) -> None:
         print(released.certificate.sentence, released.certificate.risk_sentence, sep="\n")
 
 
-def _preview(
-    options: argparse.Namespace, private: Any, network: Any, noise_std: float, declared: Sequence[str]
-) -> None:
-    """Tell the operator what is about to happen, and ask where somebody can answer; nothing is spent yet."""
-    from hyperdp_lib import data, mechanism
-    from hyperdp_lib.preview import copies_advice, likeness_advice, preview
+def _planned(options: argparse.Namespace, class_names: Sequence[str] | None) -> Any:
+    from hyperdp_lib import planning, pretrained
 
-    factor = mechanism.SENSITIVITY_FACTOR[options.neighboring_relation]
-    made = preview(
-        private,
-        noise_multiplier=noise_std / factor,
-        noise_std=noise_std,
-        dimension=network.encoder.config.dimension,
+    return planning.plan(
+        pretrained.load_weights(options.weights, options.device),
+        epsilon=options.epsilon,
         delta=options.delta,
         neighboring_relation=options.neighboring_relation,
-        declared=declared,
+        class_names=class_names,
+        method=options.method.replace("-", "_"),
+        public_size=options.public_size,
+        refined=not options.no_refine,
+    )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _check_epsilon(options.epsilon, options.delta)
+    if options.public_size is not None:
+        _check_count("--public-size", options.public_size)
+    names = options.classes
+    if names is not None and len(names) == 1 and names[0].isdecimal():  # their number is enough
+        count = int(names[0])
+        if not 1 <= count <= 2**16:
+            _refuse(f"--classes must be names, or a number from 1 to {2**16}, got {count}")
+        names = [str(number) for number in range(count)]
+    made = _planned(options, names)
+    print(json.dumps({"plan": list(made.facts())}, indent=1) if options.json else made)
+
+
+def _preview(options: argparse.Namespace, private: Any, plan: Any) -> None:
+    """Tell the operator what is about to happen, and ask where somebody can answer; nothing is spent yet."""
+    from hyperdp_lib import data
+    from hyperdp_lib.preview import copies_advice, likeness_advice, preview
+
+    made = preview(
+        private,
+        plan,
         inverted=options.invert,
         demonstration=options.seed is not None,
         earlier=options.out if options.out is not None and options.out.is_dir() else None,
     )
-    made = copies_advice(made, private.images, options.hypernetwork)
+    made = copies_advice(made, private.images, options.weights)
     # class folders were named for their owner's eyes; elsewhere the names were given to be published
     unasked = private.class_names is not None and options.classes is None and os.path.isdir(options.images)
     unasked = unasked and options.images.partition("/")[0] not in data.NAMED_DATA_SETS
@@ -201,13 +191,10 @@ def _reserve(options: argparse.Namespace) -> None:
         _refuse("noise from a seed protects nothing, so no budget can cover it; drop --seed, or --budget")
     from hyperdp_lib import accounting, budget
 
-    multiplier = options.noise_multiplier
-    if multiplier is None:
-        multiplier = accounting.noise_multiplier(options.epsilon, options.delta)
     reservation = budget.reserve(
         options.budget,
         f"{options.images} -> {options.out}",
-        multiplier,
+        accounting.noise_multiplier(options.epsilon, options.delta),
         delta=options.delta,
         neighboring_relation=options.neighboring_relation,
         write=not options.dry_run,
@@ -233,41 +220,31 @@ def _sample(options: argparse.Namespace) -> None:
     _check_device(options.device)
     import torch
 
-    from hyperdp_lib import cells, classifier, data, diffusion, pretrained, release
+    from hyperdp_lib import classifier, data, pretrained, release_folder
 
-    labelled = (options.folder / "classes").is_dir()
-    if options.labels == "drawn" and options.hypernetwork is None and release.holds_base(options.folder):
-        base_model = release.load_base(options.folder)
-    else:
-        base_model, network = pretrained.load_pretrained(_weights_of(options))
-    read = options.labels != "drawn" or (labelled and not options.balanced)
-    released = release.load_release(options.folder, base_model) if read else None
-    adapter = released.adapter if released else release.load_adapters(options.folder, base_model)
-    class_names = release.class_names_of(adapter) if labelled else None
-    adapter = adapter.to(options.device)
-    base_model.to(options.device)
-    num_classes = len(class_names or ("adapter",))
-    shares = torch.ones(num_classes, dtype=torch.float64)
-    if released and not options.balanced:
-        shares = cells.released_proportions(released.noisy_sum)
-        if len(shares) != num_classes:
-            _refuse(f"the noisy sum in {str(options.folder)!r} is of other classes; see hyperdp verify")
-    counts = cells.apportion(shares, options.num_images).tolist()
-    drawing: dict[str, Any] = dict(
-        generator=torch.Generator().manual_seed(options.seed), num_steps=options.num_steps, progress=True
-    )
-    labels = torch.arange(num_classes).repeat_interleave(torch.tensor(counts))
+    relabelled = options.labels == "released"
+    base_model = None
+    if not release_folder.holds_base(options.folder):  # as in releases of earlier versions
+        base_model = pretrained.load_pretrained(_weights_of(options))[0]
+    released = release_folder.load_release(options.folder, base_model).to(options.device)
+    class_names = released.certificate.class_names or None
     agreed = None
-    if options.labels == "drawn":
-        images = diffusion.sample_classes(base_model, adapter, num_classes, counts, **drawing)
+    if relabelled:
+        counts = released.counts(options.num_images, balanced=options.balanced)
+        network = pretrained.load_pretrained(_weights_of(options), options.device)[1]
+        images, labels, agreed = classifier.sample_relabelled(
+            released, network, counts, generator=torch.Generator().manual_seed(options.seed),
+            num_steps=options.num_steps, progress=True,
+        )  # fmt: skip
+        samples = data.ImageSet(images, labels, class_names)
     else:
-        assert released is not None
-        models = released._replace(adapter=adapter), network.to(options.device), base_model
-        if options.labels == "agreeing":
-            images, agreed = classifier.sample_agreeing(*models, counts, **drawing)
-        else:
-            images, labels, agreed = classifier.sample_relabelled(*models, counts, **drawing)
-    samples = data.ImageSet(images, labels if class_names else None, class_names)
+        samples = released.sample(
+            options.num_images,
+            seed=options.seed,
+            balanced=options.balanced,
+            num_steps=options.num_steps,
+            progress=True,
+        )
     data.save_npz(options.out, samples)
     if options.grid is not None:
         data.save_grid(options.grid, samples)
@@ -276,52 +253,16 @@ def _sample(options: argparse.Namespace) -> None:
     how = ""
     if class_names:
         told["proportions"] = "balanced" if options.balanced else "released"
-        told["images_per_class"] = dict(zip(class_names, labels.bincount(minlength=num_classes).tolist(), strict=True))
+        assert samples.labels is not None
+        each = samples.labels.bincount(minlength=len(class_names)).tolist()
+        told["images_per_class"] = dict(zip(class_names, each, strict=True))
         how = ", as many of each class" if options.balanced else ", classes in the released (noisy) proportions"
         if empty := [name for name, count in told["images_per_class"].items() if not count]:
             how += f", none of {', '.join(map(repr, empty))}"
     if agreed is not None:
         told["agreed"] = agreed
-        chosen = f"chosen from {classifier.SURPLUS} times as many" if options.labels == "agreeing" else "relabelled"
-        how += f", {chosen}; the release agrees with {agreed:.0%} of the labels they were drawn for"
+        how += f", relabelled; the release agrees with {agreed:.0%} of the labels they were drawn for"
     print(json.dumps(told) if options.json else f"wrote {len(samples)} images to {' and '.join(written)}{how}")
-
-
-def _refine(options: argparse.Namespace) -> None:
-    _check_count("--num-rounds", options.num_rounds)
-    _check_count("--num-samples", options.num_samples, least=0)
-    _check_output(options.out, options.overwrite, folder_of="certificate.json")
-    _check_input(options.folder)
-    if options.out.resolve() == options.folder.resolve():
-        _refuse("--out is the release itself; choose another folder, and keep the original")
-    _check_device(options.device)
-    import torch
-
-    from hyperdp_lib import pretrained, refinement, release
-
-    config = refinement.RefinementConfig(num_rounds=options.num_rounds, gain=options.gain)
-    base_model, network = pretrained.load_pretrained(_weights_of(options))
-    released = release.load_release(options.folder, base_model)
-    refined = refinement.refine_release(
-        released,
-        network.to(options.device),
-        base_model.to(options.device),
-        config,
-        generator=torch.Generator().manual_seed(options.seed),
-        progress=True,
-    )
-    release.save_release(
-        options.out,
-        refined,
-        base_model,
-        num_samples=options.num_samples,
-        overwrite=options.overwrite,
-    )
-    if options.json:
-        print(json.dumps({"out": str(options.out), "post_processing": refined.certificate.post_processing}))
-    else:
-        print(f"wrote {options.out}")
-        print(refined.certificate.sentence)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -339,7 +280,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hyperdp_lib import data, pretrained
     from hyperdp_lib.scores import reference_stats
 
-    network = feature_network(options.features or str(pretrained.features_file(options.hypernetwork)))
+    network = feature_network(options.features or str(pretrained.features_file(options.weights)))
     fit = (network.image_size, network.channels)
     samples = data.load_named_or_path(options.samples, *fit)
     notes = samples.notes
@@ -348,7 +289,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         kept.check(network)
         scores = _statistics_scores(options, samples, kept, network)
     else:
-        images = data.load_named_or_path(real, *fit, stretch=pretrained.stretches(options.hypernetwork))
+        images = data.load_named_or_path(real, *fit, stretch=pretrained.stretches(options.weights))
         notes += images.notes
         score = _research_scores if options.private is None else _private_score
         scores = score(options, samples, images, network)
@@ -368,13 +309,13 @@ def _public_alone(options: argparse.Namespace, network: Any, most: int) -> Any:
 
     from hyperdp_lib import data, diffusion, pretrained
 
-    side, channels = pretrained.geometry(options.hypernetwork)
+    side, channels = pretrained.geometry(options.weights)
     if (side, channels) != (network.image_size, network.channels):
         return (
-            f"the base model of {options.hypernetwork!r} draws {side} x {side} pixels with {channels} channel(s), not "
-            f"what {network.name} reads; name other weights with --hypernetwork"
+            f"the base model of {options.weights!r} draws {side} x {side} pixels with {channels} channel(s), not "
+            f"what {network.name} reads; name other weights with --weights"
         )
-    base_model, _ = pretrained.load_pretrained(options.hypernetwork)
+    base_model, _ = pretrained.load_pretrained(options.weights)
     count = min(most, PUBLIC_IMAGES)
     drawn = diffusion.sample(base_model, None, count, generator=torch.Generator().manual_seed(0), progress=True)
     return data.ImageSet(drawn)
@@ -396,7 +337,7 @@ def _ends(
             **(unknown(real) if isinstance(real, str) else real),
         },
         "public": {
-            "what": f"images that the base model of {options.hypernetwork} draws without an adapter",
+            "what": f"images that the base model of {options.weights} draws without an adapter",
             **(unknown(public) if isinstance(public, str) else against(public)),
         },
     }
@@ -554,7 +495,7 @@ def _compare(options: argparse.Namespace) -> None:
         neighboring_relation=options.neighboring_relation,
         num_private=options.num_private,
         seeds=range(options.seeds) if options.seed is None else [options.seed],
-        hypernetwork=options.hypernetwork,
+        hypernetwork=options.weights,
         feature_network=None if options.features is None else feature_network(options.features),
         pair=options.pair,
         lookalikes=options.lookalikes,
@@ -584,7 +525,7 @@ def _forecast(options: argparse.Namespace) -> None:
             options.epsilon,
             options.delta,
             options.neighboring_relation,
-            comparison.found_settings(options.hypernetwork),
+            comparison.found_settings(options.weights),
             options.num_private,
             options.classes,
         )
@@ -598,9 +539,9 @@ def _forecast(options: argparse.Namespace) -> None:
         num_images=options.num_images,
         delta=options.delta,
         neighboring_relation=options.neighboring_relation,
-        bench=tuning.public_bench(options.hypernetwork, device=options.device),
-        tasks=tuning.held_out_tasks(options.hypernetwork),
-        about=comparison.public_data(options.hypernetwork).about,
+        bench=tuning.public_bench(options.weights, device=options.device),
+        tasks=tuning.held_out_tasks(options.weights),
+        about=comparison.public_data(options.weights).about,
         progress=True,
     )
     told = made.summary()
@@ -792,19 +733,6 @@ def _check_delta(delta: float) -> None:
         _refuse(f"--delta must lie strictly between 0 (1e-60) and 1, got {delta:g}; 1e-5 is a usual choice")
 
 
-def _check_budget(options: argparse.Namespace) -> None:
-    """Exactly one of epsilon and noise multiplier, each in its range."""
-    if options.epsilon is not None and options.noise_multiplier is not None:
-        _refuse("--epsilon and --noise-multiplier fix the same thing; give one of them")
-    if options.epsilon is None and options.noise_multiplier is None:
-        _refuse("no privacy budget; give --epsilon (for example 1) or --noise-multiplier")
-    _check_delta(options.delta)
-    if options.epsilon is not None:
-        _check_epsilon(options.epsilon, options.delta)
-    elif not 1e-4 <= options.noise_multiplier <= 1e9:  # less protects nothing, more drowns everything
-        _refuse(f"--noise-multiplier must be a positive number, 1e-4 to 1e9, got {options.noise_multiplier:g}")
-
-
 def _check_count(option: str, count: int, least: int = 1) -> None:
     if count < least:
         _refuse(f"{option} must be at least {least}, got {count}")
@@ -857,22 +785,11 @@ def _check_device(name: str) -> None:
 # ---- what the commands share -------------------------------------------------------------------------------
 
 
-def _noise_std(options: argparse.Namespace) -> float:
-    """Of the noise on a sum: known before anything is read."""
-    from hyperdp_lib import accounting, mechanism
-
-    multiplier = options.noise_multiplier
-    if multiplier is None:
-        multiplier = accounting.noise_multiplier(options.epsilon, options.delta)
-    sums = mechanism.GaussianSum(1, multiplier, neighboring_relation=options.neighboring_relation)
-    return sums.noise_std
-
-
 def _weights_of(options: argparse.Namespace) -> str:
     """Weights to read a release with: as asked for, else those that its certificate names, if they are shipped."""
     from hyperdp_lib import verification
 
-    return options.hypernetwork or verification.shipped_for(options.folder) or DEFAULT_HYPERNETWORK
+    return options.weights or verification.shipped_for(options.folder) or DEFAULT_WEIGHTS
 
 
 def feature_network(name_or_path: str) -> Any:
@@ -920,32 +837,29 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added.add_argument
 
+    def budgeted(add: Callable[..., Any]) -> None:
+        """What a plan is made of."""
+        add("--epsilon", type=float, required=True, help="privacy budget, for example 1")
+        add("--delta", type=float, default=1e-5, help="default: 1e-5")
+        add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+        add("--weights", default=DEFAULT_WEIGHTS, metavar="NAME|PATH", help="default: glyphs")
+        add("--public-size", type=int, metavar="N", help="number of images, about, if it may be public; saves a share")
+        add("--method", choices=PLANS, default=PLANS[0], help="default: auto; one-sum is the paper's")
+        add("--no-refine", action="store_true", help="decode once, in seconds")
+        add("--device", default="cpu", help="cpu or cuda; default: cpu")
+
+    add = command("plan", _plan, "say what a release would spend on what; reads no image")
+    budgeted(add)
+    add("--classes", nargs="+", metavar="NAME", help="the classes, or their number; default: no labels")
+    add("--json", action="store_true", help="print the plan as JSON")
+
     add = command("release", _release_within_budget, "turn private images into one adapter with a privacy certificate")
     add("images", metavar="IMAGES", help="folder of images, folder of class sub-folders, .npz, or: digits")
-    add("--epsilon", type=float, help="privacy budget; this or --noise-multiplier")
-    add("--noise-multiplier", type=float, help="standard deviation of the noise over the sensitivity")
-    add("--delta", type=float, default=1e-5, help="default: 1e-5")
-    add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
+    budgeted(add)
     add("--budget", type=Path, metavar="FILE", help="of all releases of these images: refuse what it does not cover")
     add("--cap-epsilon", type=float, metavar="EPSILON", help="of a new --budget: most that all releases may cost")
     add("--cap-mu", type=float, metavar="MU", help="the same in mu; the cap of a file never changes")
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
-    add(
-        "--declared-size",
-        type=int,
-        metavar="N",
-        help="number of images, about, that may be public: glyphs-nested sums as many coordinates as it supports",
-    )
-    add(
-        "--looks",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="2: a share of the budget says where the images lie, the rest how they differ from there; best with some "
-        "50 to 500 of one kind; needs --declared-size; default: 1",
-    )
     add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
-    add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
     add("--classes", nargs="+", metavar="NAME", help="declare the classes, in label order; their names become public")
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="levels of black and white in the files: 0 4095")
     add("--background", choices=("white", "black"), default="white", help="behind transparent images; default: white")
@@ -956,7 +870,6 @@ def _parser() -> Parser:
     add("--unlabelled", action="store_true", help="ignore labels and class folders: one adapter in all")
     add("--out", type=Path, metavar="DIR", help="folder to make")
     add("--overwrite", action="store_true", help="replace an earlier release in DIR")
-    add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print the certificate as JSON")
 
     add = command("budget", _budget, "show what was spent of a budget file on what, and what is left")
@@ -971,29 +884,16 @@ def _parser() -> Parser:
     add("--num-steps", type=int, default=20, help="denoising steps; default: 20")
     add(
         "--labels",
-        choices=("drawn", "agreeing", "released"),
+        choices=("drawn", "released"),
         default="drawn",
-        help="the class drawn for; or so, and of three times as many only images that the release gives to it; "
-        "or all, each with the class that the release gives it; default: drawn",
+        help="the class drawn for; or each with the class that the release itself gives it; default: drawn",
     )
-    add("--hypernetwork", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
+    add("--weights", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
     add("--out", type=Path, required=True, metavar="NPZ", help="images (uint8) and, with classes, labels")
     add("--grid", type=Path, metavar="PNG", help="also write a sheet of samples")
     add("--overwrite", action="store_true", help="replace existing files")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print what was written as JSON")
-
-    add = command("refine", _refine, "decode a release again, better, at no further privacy cost")
-    add("folder", metavar="DIR", type=Path, help="a release; no private image is needed")
-    add("--num-rounds", type=int, default=12, help="comparisons of samples with the release; default: 12")
-    add("--gain", type=float, default=1.0, help="their leash; inf for images like the public ones; default: 1")
-    add("--seed", type=_seed, default=0, help="of the samples, public; default: 0")
-    add("--hypernetwork", metavar="NAME|PATH", help="default: what the certificate names, if it is shipped")
-    add("--num-samples", type=int, default=100, help="images on samples.png; default: 100, none: 0")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    add("--overwrite", action="store_true", help="replace an earlier release in --out")
-    add("--device", default="cpu", help="cpu or cuda; default: cpu")
-    add("--json", action="store_true", help="print what was done as JSON")
 
     add = command("evaluate", _evaluate, "score samples against real images: a research metric, or a noisy score")
     add("samples", metavar="SAMPLES", help=".npz or folder of images")
@@ -1004,7 +904,7 @@ def _parser() -> Parser:
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--seed", type=_seed, help="reproducible demonstration noise: NOT PRIVATE")
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="of the public end; default: glyphs")
+    add("--weights", default=DEFAULT_WEIGHTS, metavar="NAME|PATH", help="of the public end; default: glyphs")
     add("--features", metavar="NAME|PATH", help=_FEATURES_HELP.format("the network that belongs to the weights"))
     add("--json", action="store_true", help="print the scores as JSON, with what could not be computed and why")
 
@@ -1018,7 +918,7 @@ def _parser() -> Parser:
     add("--num-private", type=int, help="private images to use; default: all")
     add("--seeds", type=int, default=3, help="how many, from 0; default: 3")
     add("--seed", type=_seed, help="instead of --seeds: this one only")
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--weights", default=DEFAULT_WEIGHTS, metavar="NAME|PATH", help="default: glyphs")
     add("--pair", metavar="NAME", help="of public and private data, for the records; default: from their names")
     add("--lookalikes", action="store_true", help="let retrieval show letters that look like digits")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of records; those there are kept")
@@ -1038,7 +938,7 @@ def _parser() -> Parser:
     add("--coverage", type=float, default=0.8, help="of the intervals; default: 0.8")
     add("--rehearsals", type=int, help="default: as few as the coverage needs, 9 for 0.8")
     add("--num-images", type=int, default=400, help="samples scored in each rehearsal; default: 400")
-    add("--hypernetwork", default=DEFAULT_HYPERNETWORK, metavar="NAME|PATH", help="default: glyphs")
+    add("--weights", default=DEFAULT_WEIGHTS, metavar="NAME|PATH", help="default: glyphs")
     add("--device", default="cpu", help="cpu or cuda; default: cpu")
     add("--json", action="store_true", help="print everything as JSON")
 

@@ -73,6 +73,13 @@ class Choice(NamedTuple):
     method: str
     hypernetwork: Any
 
+    @property
+    def coordinates(self) -> int:
+        """How many numbers say where one mean is."""
+        encoder = self.hypernetwork.encoder
+        cells_of = len(encoder.centroids) if self.method == "cells" else 1
+        return encoder.config.dimension // cells_of - 1
+
 
 @torch.no_grad()
 def decode(
@@ -143,10 +150,9 @@ class Plan:
 
         ``num_private`` is the number of images where the relation makes it public, else None.
         """
-        multiplier, hypernetwork = self.noise_multiplier, self.weights.hypernetwork
+        multiplier = self.noise_multiplier
         if self.method == "one_sum":
-            hypernetwork = self.weights.one_sum
-            return (yield from self._single(Choice("one_sum", hypernetwork), multiplier, ONE_SUM))
+            return (yield from self._single(self.choose(1.0, multiplier), multiplier))
         if self.buys_count:
             query = Query(COUNT, self._sum(1, multiplier / math.sqrt(COUNT_SHARE)))
             answer = yield query
@@ -157,8 +163,7 @@ class Plan:
             size = self._public(num_private)
         choice = self.choose(size.value, multiplier)
         if choice.method != "two_steps":
-            text = CELLS if isinstance(choice.hypernetwork, CellHyperNetwork) else ONE_SUM
-            return (yield from self._single(choice, multiplier, text))
+            return (yield from self._single(choice, multiplier))
         noisy_sum, noise_std = yield from two_steps(
             choice.hypernetwork,
             noise_multiplier=multiplier,
@@ -171,6 +176,8 @@ class Plan:
     def choose(self, size: float, noise_multiplier: float) -> Choice:
         """Which method, and which hypernetwork, for so many images and the noise of one sum; public."""
         network, noise_std = self.weights.hypernetwork, self._sum(1, noise_multiplier).noise_std
+        if self.method == "one_sum":
+            return Choice("one_sum", self.weights.one_sum)
         each, labelled = size / self.num_rows, bool(self.class_names)
         found = 1
         if getattr(network, "centroids", None) and self.method in ("auto", "cells"):
@@ -210,19 +217,18 @@ class Plan:
         return " for each class" if self.class_names else ""
 
     def _told(self, size: float, multiplier: float) -> str:
-        method, network = self.choose(size, multiplier)
-        if isinstance(network, CellHyperNetwork):
-            count, k = network.encoder.centroids.shape
-            text = f"one sum{self._a_class}, a count and {k} coordinates in each of {count} cells"
-        else:
-            k = network.encoder.config.dimension - 1
-            two = "two sums, where the images lie and how they differ from there"
-            what = two if method == "two_steps" else "one sum"
-            text = f"{what}, a count and {k} coordinates{self._a_class}"
+        choice = self.choose(size, multiplier)
+        k, text = choice.coordinates, "one sum"
+        if choice.method == "cells":
+            text += f" in {len(choice.hypernetwork.encoder.centroids)} cells"
+        elif choice.method == "two_steps":
+            text = "two sums, where the images lie and how they differ from there"
+        text += f", a count and {k} coordinates{self._a_class}"
         noise = self._sum(1, multiplier).noise_std / max(size, 1.0)
-        return f"{text}{', refined' if self._worth_refining(method, noise) else ', decoded once'}"
+        return f"{text}{', refined' if self._worth_refining(choice.method, noise) else ', decoded once'}"
 
-    def _single(self, choice: Choice, multiplier: float, description: str) -> Course[Reading]:
+    def _single(self, choice: Choice, multiplier: float) -> Course[Reading]:
+        description = CELLS if choice.method == "cells" else ONE_SUM
         config = self._sum(choice.hypernetwork.encoder.config.dimension, multiplier, self.num_rows)
         answer = yield Query(description, config, choice.hypernetwork.encoder)
         return self._reading(choice, answer.values, config.noise_std)

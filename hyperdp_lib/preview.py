@@ -5,7 +5,6 @@ Everything here may depend on private images. It is for the operator's screen an
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,11 @@ from hyperdp_lib.artefacts import CERTIFICATE_FILE
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, to_levels
 from hyperdp_lib.ledger import gaussian_charge, ledger_epsilon
+from hyperdp_lib.planning import Plan
 from hyperdp_lib.pretrained import COPIES_FILE, geometry, image_hashes, resolve, shipped
 
-LARGE_EPSILON, SMALL_EPSILON = 10.0, 2.0
+LARGE_EPSILON = 10.0
 UNLIKE = 1.3  # error on private images over that on a model's own samples, from which on they are called unlike
-BETTER = {"glyphs": "glyphs-nested"}  # weights on the same base model that choose their number of coordinates
 _MOST_COMPARED = 256  # images that the public models are tried on
 
 
@@ -60,31 +59,20 @@ class Preview:
 
 def preview(
     private: ImageSet,
+    plan: Plan,
     *,
-    noise_multiplier: float,
-    noise_std: float,
-    dimension: int,
-    delta: float,
-    neighboring_relation: str,
-    declared: Sequence[str] = (),
     inverted: bool = False,
     demonstration: bool = False,
     earlier: Path | None = None,
 ) -> Preview:
-    """What a release of these images would do, as a `Preview`.
+    """What a release of these images by a plan would do, as a `Preview`.
 
     Parameters
     ----------
     private
         As read from the files, before ``--invert``.
-    noise_multiplier, noise_std
-        Of one noisy sum that costs as much as the whole release.
-    dimension
-        Numbers of one class's sum.
-    delta, neighboring_relation
-        Of the certificate.
-    declared
-        What else becomes public, in words.
+    plan
+        Public.
     inverted
         Whether black and white will be swapped.
     demonstration
@@ -94,16 +82,16 @@ def preview(
     """
     count, names = len(private), private.class_names or ()
     size = tuple(private.images.shape[2:])
+    noise_multiplier, delta, neighboring_relation = plan.noise_multiplier, plan.delta, plan.neighboring_relation
     epsilon = accounting.epsilon(noise_multiplier, delta)
     each = count / max(1, len(names))
-    ratio = noise_std * math.sqrt(dimension) / max(each, 1.0)
+    ratio = plan.whole.noise_std * math.sqrt(plan.choose(count, noise_multiplier).coordinates) / max(each, 1.0)
     kind = "grey" if private.images.shape[1] == 1 else "colour"
     facts = [
         f"images: {count:,}, {kind}, {size[0]} x {size[1]} as the model sees them",
         *(f"reading: {note}" for note in private.notes),
         f"classes, which become public: {len(names)} ({', '.join(names)})" if names else "classes: none, one adapter",
-        *(f"declared public: {text}" for text in declared),
-        f"budget: epsilon {epsilon:.4g} at delta {delta:g}, {neighboring_relation}, one image",
+        *plan.facts(count),
         f"noise over signal: about {ratio:.2g} for {'each class' if names else 'the set'} (above 1 the noise prevails)",
     ]
     advice = []
@@ -166,7 +154,7 @@ def likeness_advice(
         on_these, on_own = errors[nearest].tolist()
         if on_these > UNLIKE * on_own:
             facts.append(f"weights: these images are unlike theirs ({on_these / on_own:.1f} times the error on those)")
-    facts.append(f"recommended: {shlex.join(recommended(source, options, len(private_images), nearest))}")
+    facts.append(f"recommended: {shlex.join(recommended(source, options, nearest))}")
     return replace(made, facts=tuple(facts))
 
 
@@ -185,26 +173,19 @@ def copies_advice(made: Preview, private_images: Tensor, weights: str) -> Previe
     return replace(made, advice=(*made.advice, text))
 
 
-def recommended(source: str, options: Mapping[str, Any], count: int, nearest: str | None) -> list[str]:
-    """The command for these images, as a list of words; ``--declared-size`` in it makes the size, about, public."""
-    weights = options["hypernetwork"]
+def recommended(source: str, options: Mapping[str, Any], nearest: str | None) -> list[str]:
+    """The command for these images, as a list of words."""
+    weights = options["weights"]
     if nearest is not None and weights in shipped():
-        weights = BETTER.get(nearest, nearest)
+        weights = nearest
     words = ["hyperdp", "release", source]
     for name in ("classes", "window"):
         if options[name] is not None:
             words += [f"--{name}", *(f"{value:g}" if name == "window" else value for value in options[name])]
-    budget = "epsilon" if options["epsilon"] is not None else "noise_multiplier"
-    words += [f"--{budget.replace('_', '-')}", f"{options[budget]:g}", "--delta", f"{options['delta']:g}"]
+    words += ["--epsilon", f"{options['epsilon']:g}", "--delta", f"{options['delta']:g}"]
     if options["neighboring_relation"] != "add_or_remove_one":
         words += ["--neighboring-relation", options["neighboring_relation"]]
-    words += ["--hypernetwork", str(weights)]
-    manifest = json.loads((resolve(weights) / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.get("kind") == "nested" and count:
-        # two looks have won at small budgets, on grey images; cells at large ones: chapter 5
-        words += ["--declared-size", f"{float(f'{count:.2g}'):.0f}"]
-        small = budget == "epsilon" and options["epsilon"] <= SMALL_EPSILON
-        words += ["--looks", "2"] if small and geometry(weights)[1] == 1 else []
+    words += ["--weights", str(weights)]
     words += [f"--{name}" for name in ("invert", "unlabelled") if options[name]]
     return [*words, "--out", str(options["out"] or "my_release")]
 

@@ -78,6 +78,11 @@ class Release:
         labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         return ImageSet(images, labels if names else None, names or None)
 
+    def to(self, device: str) -> Release:
+        """The same on a device."""
+        base_model = None if self.base_model is None else self.base_model.to(device)
+        return dataclasses.replace(self, adapter=self.adapter.to(device), base_model=base_model)
+
     def counts(self, num_images: int, *, balanced: bool = False) -> list[int]:
         """How many of ``num_images`` samples are drawn of each class."""
         classes = max(1, len(self.certificate.class_names))
