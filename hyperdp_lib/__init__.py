@@ -1,6 +1,9 @@
-"""HyperDP: private images in, one noisy sum, a LoRA adapter with a privacy certificate out.
+"""HyperDP: private images in, a few noisy numbers, a LoRA adapter with a privacy certificate out.
 
-The private path, in the order in which to read it:
+Eight functions are all that most people need: `load_images`, `load_weights`, `plan`, `release`, `load_release`,
+`verify`, `train_on_images` (public images of one's own) and `compare` (with other methods; research).
+
+The modules behind them. The private path, in the order in which to read it:
 
 ==================  =======================================================================
 `data`              images, named data sets, the one range contract
@@ -18,19 +21,22 @@ The private path, in the order in which to read it:
 `artefacts`         files written whole or not at all, with checksums
 `strict_json`       JSON without surprises
 `progress`          progress bars, on terminals only
+`measure`           private images -> noisy sums: the only loop over private data
 `hypernetwork`      noisy sum -> LoRA adapter
 `adapter`           many adapters in one batch, PEFT folders
 `lora_geometry`     which layers are adapted, with which shapes, read from PEFT
 `lora_products`     the batched LoRA products
 `diffusion`         the base denoiser, its loss, sampling
-`nested`            a release with as many coordinates as declared size and noise support
-`cells`             several means instead of one, as far as declared size and noise support
+`nested`            as many coordinates as number of images and noise support
+`cells`             several means instead of one, as far as number of images and noise support
 `pretrained`        trained public weights on disk
 `prior`             what public data sets say about the means behind a noisy sum
-`looks`             two sums instead of one: where the images lie, then how they differ from there
-`release`           the one composition of all of the above
+`two_steps`         two sums: where the images lie, then how they differ from there
 `refinement`        better decoding of a release, from the release alone
-`classifier`        what a release says about labels, and samples that keep it
+`planning`          how a budget is spent; public
+`releasing`         plan, measure, certify, decode, refine
+`release_folder`    a release on disk
+`classifier`        what a release says about labels
 `preview`           what a release would do, told to the operator before anything is spent
 `records`           result records with provenance
 ==================  =======================================================================
@@ -47,10 +53,10 @@ The rooms, each of which may import those above it:
 `pages`             records -> tables, verdicts, figures: what the book and the README show
 ==================  =======================================================================
 
-Importing this package is cheap: each module is imported when it is first used.
+Importing this package is cheap: each function and module is imported when it is first used.
 
->>> import hyperdp_lib
->>> round(hyperdp_lib.accounting.noise_multiplier(epsilon=1.0, delta=1e-5), 1)
+>>> import hyperdp_lib as hyperdp
+>>> round(hyperdp.accounting.noise_multiplier(epsilon=1.0, delta=1e-5), 1)
 3.7
 """
 
@@ -59,50 +65,31 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = [
-    "accounting",
-    "adapter",
-    "artefacts",
-    "auditing",
-    "baselines",
-    "budget",
-    "cells",
-    "certificate",
-    "classifier",
-    "data",
-    "data_sets",
-    "diffusion",
-    "dp_sgd_accounting",
-    "embedding",
-    "experiments",
-    "hypernetwork",
-    "image_files",
-    "ledger",
-    "looks",
-    "lora_geometry",
-    "lora_products",
-    "mechanism",
-    "nested",
-    "pages",
-    "pretrained",
-    "preview",
-    "prior",
-    "progress",
-    "public",
-    "records",
-    "refinement",
-    "release",
-    "risk",
-    "scores",
-    "strict_json",
-    "theory",
-    "verification",
-]
+_FUNCTIONS = {
+    "load_images": "data",
+    "load_weights": "pretrained",
+    "plan": "planning",
+    "release": "releasing",
+    "load_release": "release_folder",
+    "verify": "verification",
+    "train_on_images": "public.image_training",
+    "compare": "experiments.comparison",
+}
+_MODULES = (
+    "accounting", "adapter", "artefacts", "auditing", "baselines", "budget", "cells", "certificate",
+    "classifier", "data", "data_sets", "diffusion", "dp_sgd_accounting", "embedding", "experiments",
+    "hypernetwork", "image_files", "ledger", "lora_geometry", "lora_products", "measure", "mechanism", "nested",
+    "pages", "planning", "pretrained", "preview", "prior", "progress", "public", "records", "refinement",
+    "release_folder", "releasing", "risk", "scores", "strict_json", "theory", "two_steps", "verification",
+)  # fmt: skip
+__all__ = [*_FUNCTIONS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module of the table of contents on first use (PEP 562)."""
-    if name in __all__:
+    """Import a function or module of the table of contents on first use (PEP 562)."""
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "__version__":
         from importlib.metadata import version
