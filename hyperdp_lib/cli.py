@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _release(options: argparse.Namespace) -> None:
-    _check_epsilon(options.epsilon, options.delta)
-    if options.public_size is not None:
-        _check_count("--public-size", options.public_size)
+    _check_plan(options)
     if not options.dry_run and options.out is None:
         _refuse("no folder to make; give --out, or --dry-run to see what would happen")
     if options.sheet is not None:
@@ -119,9 +117,7 @@ def _planned(options: argparse.Namespace, class_names: Sequence[str] | None) -> 
 
 
 def _plan(options: argparse.Namespace) -> None:
-    _check_epsilon(options.epsilon, options.delta)
-    if options.public_size is not None:
-        _check_count("--public-size", options.public_size)
+    _check_plan(options)
     names = options.classes
     if names is not None and len(names) == 1 and names[0].isdecimal():  # their number is enough
         count = int(names[0])
@@ -728,6 +724,14 @@ def _check_epsilon(epsilon: float, delta: float) -> None:
         _refuse(f"--epsilon {epsilon:g} with --delta {delta:g}: {error}")
 
 
+def _check_plan(options: argparse.Namespace) -> None:
+    if options.epsilon is None:
+        _refuse("no privacy budget; give --epsilon (for example 1)")
+    _check_epsilon(options.epsilon, options.delta)
+    if options.public_size is not None:
+        _check_count("--public-size", options.public_size)
+
+
 def _check_delta(delta: float) -> None:
     if not 1e-60 < delta < 1:
         _refuse(f"--delta must lie strictly between 0 (1e-60) and 1, got {delta:g}; 1e-5 is a usual choice")
@@ -839,7 +843,7 @@ def _parser() -> Parser:
 
     def budgeted(add: Callable[..., Any]) -> None:
         """What a plan is made of."""
-        add("--epsilon", type=float, required=True, help="privacy budget, for example 1")
+        add("--epsilon", type=float, help="privacy budget, for example 1")
         add("--delta", type=float, default=1e-5, help="default: 1e-5")
         add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
         add("--weights", default=DEFAULT_WEIGHTS, metavar="NAME|PATH", help="default: glyphs")

@@ -6,7 +6,9 @@ quantities alone:
 1. *How many images?* Under ``add_or_remove_one`` that is secret, and a twentieth of mu squared buys a noisy count. A
    size that may be public (``public_size``) saves that share; the other relations make the number public anyway.
 2. *Cells or two steps?* Where count and noise support several means (`hyperdp_lib.cells.cells_for`), one sum in cells;
-   else two steps (`hyperdp_lib.two_steps`). So many coordinates as do best on held-out public tasks under that noise.
+   else two steps (`hyperdp_lib.two_steps`). Without labels a tenth of what is left tells first whether the images are
+   of one kind, for which two steps are better even then. So many coordinates are summed as do best on held-out public
+   tasks under that noise.
 3. *Refined?* Decoding is corrected by comparing samples with the release (`hyperdp_lib.refinement`), unless the noise
    on the mean of one unlabelled set is above ``TOO_NOISY``: then samples would be made to fit the noise.
 
@@ -36,11 +38,13 @@ from hyperdp_lib.measure import Course, Query
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
 from hyperdp_lib.pretrained import Weights
 from hyperdp_lib.refinement import RefinementConfig, refine
-from hyperdp_lib.two_steps import TYPICAL, Size, two_steps
+from hyperdp_lib.two_steps import TYPICAL, Size, TwoStepsConfig, first_step, second_step, two_steps
 
 METHODS = ("auto", "two_steps", "cells", "one_sum")
 COUNT_SHARE = 0.05  # of mu squared, for a noisy count
 TOO_NOISY = 0.06  # noise on the mean of one unlabelled set, from which on it is decoded once
+ONE_KIND = 0.7  # root mean square distance from the mean, below which images without labels are taken as of one kind
+PROBE = TwoStepsConfig(share=0.1)  # of mu squared, for finding that out
 COUNT = "a noisy count of the images"
 ONE_SUM = "one noisy sum of embeddings"
 CELLS = "one noisy sum of embeddings, each in the block of its cell"
@@ -161,17 +165,19 @@ class Plan:
             multiplier /= math.sqrt(1 - COUNT_SHARE)
         else:
             size = self._public(num_private)
-        choice = self.choose(size.value, multiplier)
+        choice, narrow = self.choose(size.value, multiplier), self._two_steps(size.value, multiplier)
+        asked: dict[str, Any] = dict(
+            num_rows=self.num_rows, size=size, neighboring_relation=self.neighboring_relation
+        )
+        if choice.method == "cells" and self.method == "auto" and not self.class_names and narrow:
+            start = yield from first_step(narrow.hypernetwork, noise_multiplier=multiplier, config=PROBE, **asked)
+            if start.centring.spread < ONE_KIND:
+                return self._reading(narrow, *(yield from second_step(narrow.hypernetwork, start, **asked)))
+            multiplier = start.noise_multiplier
         if choice.method != "two_steps":
             return (yield from self._single(choice, multiplier))
-        noisy_sum, noise_std = yield from two_steps(
-            choice.hypernetwork,
-            noise_multiplier=multiplier,
-            num_rows=self.num_rows,
-            size=size,
-            neighboring_relation=self.neighboring_relation,
-        )
-        return self._reading(choice, noisy_sum, noise_std)
+        both = two_steps(choice.hypernetwork, noise_multiplier=multiplier, **asked)
+        return self._reading(choice, *(yield from both))
 
     def choose(self, size: float, noise_multiplier: float) -> Choice:
         """Which method, and which hypernetwork, for so many images and the noise of one sum; public."""
@@ -184,9 +190,15 @@ class Plan:
             found = cells.cells_for(noise_std, each, labelled=labelled, num_classes=self.num_rows)
         if found > 1:
             return Choice("cells", CellHyperNetwork.with_cells(found, network, noise_std, each))
-        if self.method != "cells" and network.priors:
-            return Choice("two_steps", network.fitting(TYPICAL * noise_std, each))
-        return Choice("one_sum", network.fitting(noise_std, each))
+        two = self._two_steps(size, noise_multiplier) if self.method != "cells" else None
+        return two or Choice("one_sum", network.fitting(noise_std, each))
+
+    def _two_steps(self, size: float, noise_multiplier: float) -> Choice | None:
+        network = self.weights.hypernetwork
+        if not network.priors:
+            return None
+        noise_std = self._sum(1, noise_multiplier).noise_std
+        return Choice("two_steps", network.fitting(TYPICAL * noise_std, size / self.num_rows))
 
     def facts(self, size: float | None = None) -> tuple[str, ...]:
         """One line each: budget, what buys the count, and what follows for ``size`` images or for several sizes."""
@@ -221,6 +233,8 @@ class Plan:
         k, text = choice.coordinates, "one sum"
         if choice.method == "cells":
             text += f" in {len(choice.hypernetwork.encoder.centroids)} cells"
+            if not self.class_names and self.method == "auto":
+                text = f"two sums, the second in {len(choice.hypernetwork.encoder.centroids)} cells for a mixture"
         elif choice.method == "two_steps":
             text = "two sums, where the images lie and how they differ from there"
         text += f", a count and {k} coordinates{self._a_class}"

@@ -101,11 +101,14 @@ class Centring:
         Greatest length of an offset.
     count_coordinate : float
         The encoder's.
+    spread : float
+        Root mean square of offsets, about: below 0.7 for images of one kind, above for mixtures of several.
     """
 
     centres: np.ndarray
     radius: float
     count_coordinate: float
+    spread: float = math.nan
 
     @classmethod
     def of(
@@ -128,7 +131,7 @@ class Centring:
         centres, _ = posterior(sums, noise_std, prior, count_coordinate)
         square = 1 - count_coordinate**2 - centres.square().sum(1)
         spread = math.sqrt(float(square.clamp_min(CLOSEST**2).mean()))
-        return cls(centres.expand(num_rows, -1).numpy(), reach * spread, count_coordinate)
+        return cls(centres.expand(num_rows, -1).numpy(), reach * spread, count_coordinate, spread)
 
     @property
     def clip_norm(self) -> float:
@@ -155,6 +158,13 @@ class Centring:
         return np.rint(sums / grid) * grid
 
 
+class Start(NamedTuple):
+    """What the first step found, and what is left for the second: public."""
+
+    centring: Centring
+    noise_multiplier: float  # of a second sum that costs all that is left
+
+
 def two_steps(
     hypernetwork: Any,
     *,
@@ -179,12 +189,25 @@ def two_steps(
     InputError
         if the hypernetwork has no prior.
     """
+    asked: dict[str, Any] = dict(num_rows=num_rows, size=size, neighboring_relation=neighboring_relation)
+    start = yield from first_step(hypernetwork, noise_multiplier=noise_multiplier, config=config, **asked)
+    return (yield from second_step(hypernetwork, start, **asked))
+
+
+def first_step(
+    hypernetwork: Any,
+    *,
+    noise_multiplier: float,
+    num_rows: int,
+    size: Size,
+    neighboring_relation: str = "add_or_remove_one",
+    config: TwoStepsConfig = DEFAULT,
+) -> Course[Start]:
+    """The course of the first step alone: where the images lie, and how far from there."""
     encoder = hypernetwork.encoder
     prior, constant = Prior.shipped(hypernetwork), encoder.config.count_coordinate
-    each = size.of_one(num_rows)
-    shared: dict[str, Any] = dict(dimension=encoder.config.dimension, neighboring_relation=neighboring_relation)
-    whole = GaussianSum(noise_multiplier=noise_multiplier, **shared)
-    own = num_rows == 1 or each.value >= config.own_centre * whole.noise_std
+    whole = GaussianSum(encoder.config.dimension, noise_multiplier, neighboring_relation=neighboring_relation)
+    own = num_rows == 1 or size.of_one(num_rows).value >= config.own_centre * whole.noise_std
     share = config.share if own else config.share_together
     first = dataclasses.replace(
         whole, noise_multiplier=noise_multiplier / math.sqrt(share), num_rows=num_rows if own else 1
@@ -193,11 +216,16 @@ def two_steps(
     centring = Centring.of(
         answer.values, first.noise_std, prior, constant, num_rows=num_rows, size=size, reach=config.reach
     )
-    second = dataclasses.replace(
-        whole,
-        noise_multiplier=noise_multiplier / math.sqrt(1 - share),
-        num_rows=num_rows,
-        clip_norm=centring.clip_norm,
+    return Start(centring, noise_multiplier / math.sqrt(1 - share))
+
+
+def second_step(
+    hypernetwork: Any, start: Start, *, num_rows: int, size: Size, neighboring_relation: str = "add_or_remove_one"
+) -> Course[tuple[np.ndarray, float]]:
+    """The course of the second step: what `two_steps` returns."""
+    centring, encoder = start.centring, hypernetwork.encoder
+    second = GaussianSum(
+        encoder.config.dimension, start.noise_multiplier, num_rows, centring.clip_norm, neighboring_relation
     )
     # embedded again, not kept: memory does not grow with the number of images
     answer = yield Query(SECOND, second, encoder, centring.offsets)

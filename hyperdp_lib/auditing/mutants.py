@@ -207,7 +207,7 @@ def true_count_for_the_public(private_images: Tensor, hypernetwork: Any, **asked
 
 def true_count_for_the_noisy(private_images: Tensor, hypernetwork: Any, **asked: Any) -> Release:
     """A release goes by the true number of images in place of the noisy count that was paid for."""
-    intact = two_steps.two_steps
+    intact = planning.two_steps
 
     def knowing(*rest: Any, **known: Any) -> Any:
         return intact(*rest, **known | {"size": two_steps.Size(max(1, len(private_images)), 0.0)})
