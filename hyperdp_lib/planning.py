@@ -10,7 +10,7 @@ quantities alone:
    of one kind, for which two steps are better even then. So many coordinates are summed as do best on held-out public
    tasks under that noise.
 3. *Refined?* Decoding is corrected by comparing samples with the release (`hyperdp_lib.refinement`), unless the noise
-   on the mean of one unlabelled set is above ``TOO_NOISY``: then samples would be made to fit the noise.
+   on a mean is above ``TOO_NOISY``: then samples would be made to fit the noise.
 
 ``benchmarks/plan.py`` measures these rules on public drawings and held-out shapes. ``method="one_sum"`` is the paper's:
 one noisy sum, decoded once.
@@ -42,7 +42,7 @@ from hyperdp_lib.two_steps import TYPICAL, Size, TwoStepsConfig, first_step, sec
 
 METHODS = ("auto", "two_steps", "cells", "one_sum")
 COUNT_SHARE = 0.05  # of mu squared, for a noisy count
-TOO_NOISY = 0.06  # noise on the mean of one unlabelled set, from which on it is decoded once
+TOO_NOISY = 0.06  # noise on the mean of a class, or of the set, from which on two steps are decoded once
 ONE_KIND = 0.7  # root mean square distance from the mean, below which images without labels are taken as of one kind
 PROBE = TwoStepsConfig(share=0.1)  # of mu squared, for finding that out
 COUNT = "a noisy count of the images"
@@ -238,7 +238,7 @@ class Plan:
         elif choice.method == "two_steps":
             text = "two sums, where the images lie and how they differ from there"
         text += f", a count and {k} coordinates{self._a_class}"
-        noise = self._sum(1, multiplier).noise_std / max(size, 1.0)
+        noise = TYPICAL * self._sum(1, multiplier).noise_std * self.num_rows / max(size, 1.0)
         return f"{text}{', refined' if self._worth_refining(choice.method, noise) else ', decoded once'}"
 
     def _single(self, choice: Choice, multiplier: float) -> Course[Reading]:
@@ -249,13 +249,12 @@ class Plan:
 
     def _reading(self, choice: Choice, noisy_sum: np.ndarray, noise_std: float) -> Reading:
         constant = choice.hypernetwork.encoder.config.count_coordinate
-        count = float(noisy_count(torch.as_tensor(noisy_sum), noise_std, constant).max())
+        count = float(noisy_count(torch.as_tensor(noisy_sum), noise_std, constant).mean())
         worth = self.method != "one_sum" and self._worth_refining(choice.method, noise_std / count)
         return Reading(noisy_sum, noise_std, choice.hypernetwork, RefinementConfig() if worth else None)
 
     def _worth_refining(self, method: str, noise_on_mean: float) -> bool:
-        several = bool(self.class_names) or method == "cells"
-        return self.refined and (several or noise_on_mean <= TOO_NOISY)
+        return self.refined and (method == "cells" or noise_on_mean <= TOO_NOISY)
 
     def _public(self, num_private: int | None) -> Size:
         if self.public_size is not None:
