@@ -245,19 +245,18 @@ def test_verify_accepts_it_and_rejects_a_tampered_copy(released, tmp_path, capsy
     assert "README.md" in capsys.readouterr().out
 
 
-def test_a_release_is_refined_by_itself_and_costs_the_same(released, weights, digit_folder, tmp_path):
+def test_a_release_is_refined_by_itself_and_costs_the_same(weights, digit_folder, tmp_path):
     from hyperdp_lib.certificate import Certificate
 
-    out = tmp_path / "refined"
-    command = ["release", digit_folder, *RELEASE, *DIGIT_CLASSES, "--weights", weights, "--out", str(out)]
-    assert cli.main(command) == 0
-    once, refined = (
-        Certificate.from_json((folder / "certificate.json").read_text()) for folder in (released.folder, out)
-    )
+    command = ["release", digit_folder, "--epsilon", "100", *DIGIT_CLASSES, "--weights", weights]
+    out = {"once": tmp_path / "once", "refined": tmp_path / "refined"}
+    assert cli.main([*command, "--no-refine", "--out", str(out["once"])]) == 0
+    assert cli.main([*command, "--out", str(out["refined"])]) == 0
+    once, refined = (Certificate.from_json((out[name] / "certificate.json").read_text()) for name in out)
     assert refined.sentence == once.sentence and refined.mu == once.mu and once.post_processing == ()
     (note,) = refined.post_processing
-    assert "no further privacy cost" in note and note in (out / "classes" / "3" / "README.md").read_text()
-    assert cli.main(["verify", str(out)]) == 0
+    assert "no further privacy cost" in note and note in (out["refined"] / "classes" / "3" / "README.md").read_text()
+    assert cli.main(["verify", str(out["refined"])]) == 0
 
 
 def test_a_plan_is_printed_without_an_image(unspent, refused, capsys):
