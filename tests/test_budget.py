@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hyperdp_lib
 from hyperdp_lib import accounting, budget, cli
 from hyperdp_lib.budget import Terms, read_budget, reserve
+from hyperdp_lib.data import ImageSet
 from hyperdp_lib.image_files import InputError
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -371,16 +373,16 @@ def command(tmp_path, monkeypatch):
         return run
 
     failing = [None, None]
-    private = SimpleNamespace(images=SimpleNamespace(to=lambda device: None), labels=None, class_names=None)
+    private = ImageSet(torch.zeros(2, 1, 16, 16))
     stated = SimpleNamespace(certificate=SimpleNamespace(sentence="done", risk_sentence="Risk: none."))
     model = SimpleNamespace(to=lambda device: None)
     monkeypatch.setattr(hyperdp_lib.data, "load_named_or_path", step("read", private))
     stand_in = SimpleNamespace(
-        geometry=lambda name: (16, 1), load_pretrained=lambda name: (model, model), stretches=lambda name: False
+        geometry=lambda name: (16, 1), load_weights=lambda name, device: model, stretches=lambda name: False
     )
     monkeypatch.setitem(vars(hyperdp_lib), "pretrained", stand_in)
-    release = SimpleNamespace(release=step("release", stated), save_release=step("save"))
-    monkeypatch.setitem(vars(hyperdp_lib), "release", release)
+    monkeypatch.setitem(vars(hyperdp_lib), "releasing", SimpleNamespace(release=step("release", stated)))
+    monkeypatch.setitem(vars(hyperdp_lib), "release_folder", SimpleNamespace(save_release=step("save")))
     monkeypatch.setattr(cli, "_preview", step("preview"))
 
     def run(*options, fail=None, error=None):
@@ -398,12 +400,13 @@ NEW = ("--epsilon", "1", "--cap-epsilon", "2")
 def test_a_release_is_entered_before_an_image_is_read(command, capsys):
     assert command.run(*NEW) == 0
     assert command.seen == [("read", [True]), ("preview", [True]), ("release", [True]), ("save", [True])]
-    assert command.run("--noise-multiplier", "5") == 0
+    assert command.run("--epsilon", "0.7") == 0
     assert command.seen[0] == ("read", [True, True])
     capsys.readouterr()
     assert cli.main(["budget", str(command.file), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [one["noise_multiplier"] for one in told["releases"]] == [accounting.noise_multiplier(1.0, 1e-5), 5.0]
+    expected = [accounting.noise_multiplier(epsilon, 1e-5) for epsilon in (1.0, 0.7)]
+    assert [one["noise_multiplier"] for one in told["releases"]] == expected
     assert told["releases"][0]["description"].endswith("images -> " + str(command.file.parent / "out"))
     before = snapshot(command.file.parent)
     assert command.run("--epsilon", "1.8") == 2

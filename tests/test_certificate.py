@@ -27,8 +27,8 @@ from hyperdp_lib.ledger import (
     gaussian_charge,
     ledger_epsilon,
 )
-from hyperdp_lib.looks import declared
 from hyperdp_lib.mechanism import GaussianSum, noisy_sum
+from hyperdp_lib.releasing import declared
 from hyperdp_lib.verification import verify
 
 MULTIPLIER = accounting.noise_multiplier(1.0, 1e-5)
@@ -203,7 +203,7 @@ def test_costs_under_different_relations_do_not_add_up():
         assert gaussian_certificate(config, 1e-5, seeded=False).ledger[0].neighboring_relation == relation
 
 
-def test_a_declared_size_is_said_to_be_public():
+def test_a_public_size_is_said_to_be_public():
     declared = LedgerEntry("declared_public", "number of images, about 20", 0.0, 0.0)
     told = make_certificate(ledger=(declared,)).num_private_treatment
     assert told == "declared public: number of images, about 20; noisy count released in the same sum"

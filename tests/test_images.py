@@ -322,16 +322,14 @@ def test_the_weights_are_used_like_shipped_ones(trained, tmp_path, capsys):
     levels, _ = pictures(classes=2, per_class=40, seed=7)
     np.savez(private, images=levels)
     made = tmp_path / "release"
-    weights = ["--hypernetwork", str(out)]
-    asked = ["release", str(private), "--epsilon", "1", *weights, "--num-samples", "4"]
-    assert cli.main([*asked, "--declared-size", "80", "--seed", "0", "--out", str(made)]) == 0
+    weights = ["--weights", str(out)]
+    asked = ["release", str(private), "--epsilon", "1", *weights, "--no-refine"]
+    assert cli.main([*asked, "--public-size", "80", "--seed", "0", "--out", str(made)]) == 0
     assert "stretched each image's contrast" in capsys.readouterr().err
     assert cli.main(["verify", str(made)]) == 0
     drawn = tmp_path / "drawn.npz"
     assert cli.main(["sample", str(made), *weights, "--num-images", "6", "--num-steps", "2", "--out", str(drawn)]) == 0
     assert data.load_images(drawn, 16, 1).images.shape == (6, 1, 16, 16)
-    refined = ["refine", str(made), *weights, "--num-rounds", "1", "--num-samples", "0", "--out"]
-    assert cli.main([*refined, str(tmp_path / "fine")]) == 0
 
 
 def test_private_images_that_are_public_are_counted(trained, source, tmp_path, capsys):
@@ -339,7 +337,7 @@ def test_private_images_that_are_public_are_counted(trained, source, tmp_path, c
     levels, _ = pictures()
     others, _ = pictures(seed=7)
     np.savez(tmp_path / "mine.npz", images=np.concatenate([others[:40], levels[:13]]))
-    asked = ["release", str(tmp_path / "mine.npz"), "--epsilon", "1", "--hypernetwork", str(out), "--dry-run"]
+    asked = ["release", str(tmp_path / "mine.npz"), "--epsilon", "1", "--weights", str(out), "--dry-run"]
     assert cli.main(asked) == 0
     assert "advice: 13 of these images are among the public ones" in capsys.readouterr().out
     np.savez(tmp_path / "mine.npz", images=others[:40])
@@ -349,7 +347,7 @@ def test_private_images_that_are_public_are_counted(trained, source, tmp_path, c
 def test_forecast_rehearses_on_held_out_groups(trained, capsys, monkeypatch):
     out, _ = trained
     assert tuning.held_out_tasks(out).group_names == training.public_source(out).tasks("held_out").group_names
-    asked = ["forecast", "--num-private", "40", "--epsilon", "1", "--num-images", "128", "--hypernetwork", str(out)]
+    asked = ["forecast", "--num-private", "40", "--epsilon", "1", "--num-images", "128", "--weights", str(out)]
     assert cli.main([*asked, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert "held out from training" in told["about"] and told["frechet_distance"]["expected"] > 0

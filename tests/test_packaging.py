@@ -89,14 +89,15 @@ def test_every_module_imports_without_torchvision() -> None:
 def test_table_of_contents_is_complete() -> None:
     import hyperdp_lib
 
-    listed = set(hyperdp_lib.__all__)
+    listed = set(hyperdp_lib._MODULES)
     present = {
         path.stem if path.is_file() else path.name
         for path in (ROOT / "hyperdp_lib").iterdir()
         if path.suffix == ".py" or (path / "__init__.py").is_file()
     } - {"__init__", "__main__", "cli"}
     assert listed == present
-    for name in listed:
+    assert len(hyperdp_lib._FUNCTIONS) == 8
+    for name in hyperdp_lib.__all__:
         assert f"`{name}`" in (hyperdp_lib.__doc__ or ""), f"{name} is missing from the docstring"
 
 

@@ -10,6 +10,8 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
+from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
+from hyperdp_lib.release import load_release, release, save_release
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -21,10 +23,8 @@ from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
-from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
 from hyperdp_lib.prior import Prior
-from hyperdp_lib.release import load_release, release, save_release
 from hyperdp_lib.verification import verify
 
 K = 15  # coordinates of the tiny encoder, without the count
