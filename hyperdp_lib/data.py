@@ -97,11 +97,11 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4:
-            raise ValueError(f"images must be N x C x H x W, got shape {tuple(self.images.shape)}")
+            raise InputError(f"images must be N x C x H x W, got {self.images.ndim} dimensions")
         if (self.labels is None) != (self.class_names is None):
-            raise ValueError("labels and class_names come together: give both or neither")
-        if self.labels is not None and len(self.labels) != len(self.images):
-            raise ValueError(f"{len(self.labels)} labels for {len(self.images)} images")
+            raise InputError("labels and class_names come together: give both or neither")
+        if self.labels is not None and self.labels.shape != (len(self.images),):
+            raise InputError("labels must hold one label for each image")  # their number may be secret
 
     def __len__(self) -> int:
         return len(self.images)

@@ -35,7 +35,8 @@ from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import InputError
 from hyperdp_lib.hypernetwork import HyperNetwork, noisy_count
 from hyperdp_lib.measure import Course, Query
-from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
+from hyperdp_lib.mechanism import MAX_COORDINATES, SENSITIVITY_FACTOR, GaussianSum
+from hyperdp_lib.nested import COORDINATES, NestedHyperNetwork
 from hyperdp_lib.pretrained import Weights
 from hyperdp_lib.refinement import RefinementConfig, refine
 from hyperdp_lib.two_steps import TYPICAL, Size, TwoStepsConfig, first_step, second_step, two_steps
@@ -129,6 +130,13 @@ class Plan:
     public_size: float | None = None
     refined: bool = True
 
+    def __post_init__(self) -> None:
+        if self.method == "two_steps" and not getattr(self.weights.hypernetwork, "priors", None):
+            raise InputError("two steps need weights with a prior, and these have none: choose another method")
+        most = MAX_COORDINATES // self._widest
+        if self.num_rows > most:  # a later sum would be refused, when a count was paid for
+            raise InputError(f"there may be at most {most:,} classes with these weights, got {self.num_rows:,}")
+
     def using(self, method: str) -> Plan:
         """The same budget spent by another of ``METHODS``."""
         return dataclasses.replace(self, method=_one_of(method, METHODS, "method"))
@@ -137,6 +145,13 @@ class Plan:
     def num_rows(self) -> int:
         """Classes, 1 without labels."""
         return max(1, len(self.class_names))
+
+    @property
+    def _widest(self) -> int:
+        """Numbers of a class in the longest sum that may be taken; of cells there are no more than fit."""
+        network = self.weights.one_sum if self.method == "one_sum" else self.weights.hypernetwork
+        nested = 1 + COORDINATES[-1] if isinstance(network, NestedHyperNetwork) and self.method != "one_sum" else 1
+        return max(network.encoder.config.dimension, nested)
 
     @property
     def buys_count(self) -> bool:

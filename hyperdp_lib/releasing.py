@@ -245,7 +245,10 @@ def _check(private: ImageSet, plan: Plan) -> np.ndarray | None:
         )
     if private.labels is None:
         return None
-    labels = private.labels.cpu()
-    if labels.dtype.is_floating_point or bool(((labels < 0) | (labels >= plan.num_rows)).any()):
-        raise InputError(f"every label must be a whole number in 0 ... {plan.num_rows - 1}")
+    kind, refusal = private.labels.dtype, f"every label must be a whole number in 0 ... {plan.num_rows - 1}"
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError(refusal)
+    labels = private.labels.cpu().to(torch.int64)
+    if bool(((labels < 0) | (labels >= plan.num_rows)).any()):
+        raise InputError(refusal)
     return labels.numpy()

@@ -187,7 +187,7 @@ def two_steps(
     Raises
     ------
     InputError
-        if the hypernetwork has no prior.
+        if the hypernetwork has no prior, or reads sums with cells.
     """
     asked: dict[str, Any] = dict(num_rows=num_rows, size=size, neighboring_relation=neighboring_relation)
     start = yield from first_step(hypernetwork, noise_multiplier=noise_multiplier, config=config, **asked)
@@ -205,6 +205,8 @@ def first_step(
 ) -> Course[Start]:
     """The course of the first step alone: where the images lie, and how far from there."""
     encoder = hypernetwork.encoder
+    if not hasattr(hypernetwork, "priors"):
+        raise InputError("a sum with cells is measured from their centres already: take one step")
     prior, constant = Prior.shipped(hypernetwork), encoder.config.count_coordinate
     whole = GaussianSum(encoder.config.dimension, noise_multiplier, neighboring_relation=neighboring_relation)
     own = num_rows == 1 or size.of_one(num_rows).value >= config.own_centre * whole.noise_std
