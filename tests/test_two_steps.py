@@ -1,4 +1,4 @@
-"""Two looks: what each may move, what both cost, what their noise is, and that they measure the same mean."""
+"""Two steps: what each may move, what both cost, what their noise is, and that they measure the same mean."""
 
 import dataclasses
 import json
@@ -10,21 +10,29 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
-from hyperdp_lib.looks import Centring, LooksConfig, look_twice, pooled_count
-from hyperdp_lib.release import load_release, release, save_release
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hyperdp_lib import accounting, looks, mechanism
+from hyperdp_lib import accounting, mechanism
 from hyperdp_lib.auditing import bounds, checks
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
+from hyperdp_lib.certificate import write_certificate
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import embed
+from hyperdp_lib.measure import measure
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, GaussianSum
+from hyperdp_lib.planning import COUNT as COUNTED
+from hyperdp_lib.planning import COUNT_SHARE
+from hyperdp_lib.pretrained import load_pretrained
 from hyperdp_lib.prior import Prior
+from hyperdp_lib.refinement import RefinementConfig
+from hyperdp_lib.release_folder import load_release, save_release
+from hyperdp_lib.releasing import refine_release
+from hyperdp_lib.two_steps import FIRST, SECOND, Centring, Size, TwoStepsConfig, pooled_count, two_steps
 from hyperdp_lib.verification import verify
 
 K = 15  # coordinates of the tiny encoder, without the count
@@ -60,7 +68,17 @@ def codes(count, seed=0):
 
 def exact(centre, batches, relation="add_or_remove_one"):
     config = GaussianSum(1 + K, 1.0, len(centre.centres), centre.clip_norm, relation)
-    return mechanism._exact_sum(centre.offsets(batches), config), config
+    return mechanism._exact_sum([(centre.offsets(*batch), batch[1]) for batch in batches], config), config
+
+
+def stepped(images, rows, network, *, size, seed=None, **asked):
+    """Both steps: what they stand for, and the configuration of each."""
+    released, (noisy_sum, noise_std) = measure(
+        images, rows, two_steps(network, size=Size.about(size), **asked), seed=seed
+    )
+    first, second = (one.config for one in released)
+    assert [one.description for one in released] == [FIRST, SECOND] and noise_std == second.noise_std
+    return SimpleNamespace(noisy_sum=noisy_sum, first=first, second=second)
 
 
 # ---- what one image may move -------------------------------------------------------------------------------
@@ -70,8 +88,8 @@ def exact(centre, batches, relation="add_or_remove_one"):
 def test_an_offset_is_never_longer_than_the_clip_norm_and_its_count_is_a_constant(seed, radius):
     centre = centring(radius, seed=seed)
     rows = np.random.default_rng(seed).integers(0, 2, 40)
-    ((offsets, same),) = centre.offsets([(codes(40, seed), rows)])
-    assert np.array_equal(same, rows)
+    offsets = centre.offsets(codes(40, seed), rows)
+    assert offsets.shape == (40, 1 + K)
     assert np.linalg.norm(offsets, axis=1).max() <= centre.clip_norm * (1 + 1e-12)
     assert np.ptp(offsets[:, 0]) == 0 and offsets[0, 0] == COUNT * centre.clip_norm
     assert centre.clip_norm == pytest.approx(math.hypot(radius, COUNT * centre.clip_norm))
@@ -119,10 +137,10 @@ def test_a_broken_embedding_adds_nothing():
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("delta", [1e-5, 1e-8])
 @pytest.mark.parametrize("rows", [None, np.arange(300) % 30])
-def test_both_looks_cost_what_one_would_by_an_independent_accountant(network, images, epsilon, delta, rows):
+def test_both_steps_cost_what_one_would_by_an_independent_accountant(network, images, epsilon, delta, rows):
     whole = accounting.noise_multiplier(epsilon, delta)
     classes = 1 if rows is None else 30
-    seen = look_twice(images, rows, network, noise_multiplier=whole, num_rows=classes, declared_size=300, seed=0)
+    seen = stepped(images, rows, network, noise_multiplier=whole, num_rows=classes, size=300, seed=0)
     first, second = seen.first.noise_multiplier, seen.second.noise_multiplier
     assert epsilon * (1 - 1e-6) < accounting.epsilon((first, second), delta) <= epsilon
     theirs = dp_accounting.get_epsilon_gaussian((first**-2 + second**-2) ** -0.5, delta)
@@ -135,54 +153,62 @@ def test_both_looks_cost_what_one_would_by_an_independent_accountant(network, im
     assert (first / second) ** 2 == pytest.approx(4.0 if own else 9.0)  # a fifth, or a tenth, of mu squared
 
 
+@pytest.mark.parametrize("public_size", [300, None])
 @pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_release_is_certified_for_both_looks_and_verifies(network, base_model, images, tmp_path, relation, labelled):
+def test_a_release_is_certified_for_every_step_and_verifies(
+    network, base_model, images, tmp_path, relation, labelled, public_size
+):
     classes = {"private_labels": torch.arange(300) % 2, "class_names": ("a", "b")} if labelled else {}
-    made = release(images, network, epsilon=2.0, declared_size=300, neighboring_relation=relation, **classes)
+    asked = {"method": "two_steps", "public_size": public_size, "neighboring_relation": relation}
+    made = release(images, network, epsilon=2.0, **asked, **classes)
+    counted = [COUNTED] if public_size is None and relation == "add_or_remove_one" else []
     entries = [entry for entry in made.certificate.ledger if entry.private]
-    assert [entry.description for entry in entries] == [looks.FIRST, looks.SECOND]
+    assert [entry.description for entry in entries] == [*counted, FIRST, SECOND]
     assert made.certificate.epsilon == 2.0 and made.certificate.private
     assert made.certificate.mu == pytest.approx(math.hypot(*(entry.mu for entry in entries)))
-    assert made.certificate.noise_multiplier == entries[1].noise_multiplier
+    assert made.certificate.noise_multiplier == entries[-1].noise_multiplier
     assert made.certificate.noise_std == pytest.approx(
-        entries[1].noise_multiplier * SENSITIVITY_FACTOR[relation] * made.certificate.clip_norm
+        entries[-1].noise_multiplier * SENSITIVITY_FACTOR[relation] * made.certificate.clip_norm
     )
-    assert "300" in made.certificate.num_private_treatment  # what was declared
+    assert ("300" in made.certificate.num_private_treatment) == (public_size is not None)
+    if counted:  # what is secret is not told in any field
+        assert made.certificate.num_private is None and "300" not in made.certificate.num_private_treatment
     folder = save_release(tmp_path / "out", made, base_model, num_samples=0)
     assert verify(folder) == []
     assert np.array_equal(load_release(folder, base_model).noisy_sum, made.noisy_sum)
-    # whoever drops the first look from the ledger is found out
-    text = json.loads((folder / "certificate.json").read_text())
-    text["ledger"] = [entry for entry in text["ledger"] if entry["description"] != looks.FIRST]
-    (folder / "certificate.json").write_text(json.dumps(text))
-    assert verify(folder)
+    # whoever drops a step from the ledger is found out
+    for dropped in (*counted, FIRST, SECOND):
+        kept = tuple(entry for entry in made.certificate.ledger if entry.description != dropped)
+        write_certificate(dataclasses.replace(made.certificate, ledger=kept), folder)  # its checksum is right
+        assert verify(folder)
 
 
 def test_what_was_spent_before_is_added_and_a_wrong_ledger_is_refused_first(network, images, monkeypatch):
     from hyperdp_lib.ledger import gaussian_charge
 
     before = gaussian_charge("earlier", 5.0, 1e-5)
-    made = release(images, network, noise_multiplier=4.0, declared_size=300, ledger=[before])
+    asked = {"method": "two_steps", "public_size": 300, "ledger": [before]}
+    made = release(images, network, noise_multiplier=4.0, **asked)
     assert made.certificate.mu == pytest.approx(math.hypot(1 / 5, 1 / 4))
     monkeypatch.setattr(mechanism, "noisy_sum", lambda *a, **k: pytest.fail("something was released"))
     with pytest.raises(InputError, match="same relation"):
-        release(images, network, epsilon=1.0, declared_size=300, ledger=[before], neighboring_relation="replace_one")
+        release(images, network, epsilon=1.0, neighboring_relation="replace_one", **asked)
 
 
 # ---- the noise ---------------------------------------------------------------------------------------------
 
 
-def test_the_noise_on_the_mean_is_the_second_looks_no_less_and_no_more(network, images):
+def test_the_noise_on_the_mean_is_the_second_steps_no_less_and_no_more(network, images):
     """Secret noise, 400 releases: the offsets' noise has the stated size. False alarm: one in a million.
 
     The centre moves from run to run; with a ball that cuts nothing the mean does not move with it.
     """
     clean = embed(network.encoder, images)[:, 1:].double().mean(0).numpy()
     errors = []
-    keywords = dict(noise_multiplier=1.0, num_rows=1, declared_size=300, config=LooksConfig(reach=4.0))
+    keywords = dict(noise_multiplier=1.0, num_rows=1, size=300, config=TwoStepsConfig(reach=4.0))
     for _ in range(400):
-        seen = look_twice(images, None, network, **keywords)
+        seen = stepped(images, None, network, **keywords)
         count = seen.noisy_sum[0, 0] / COUNT
         errors.append((seen.noisy_sum[0, 1:] / count - clean) * count / seen.second.noise_std)
         assert seen.second.noise_std == pytest.approx(math.sqrt(1 / 0.8) * seen.second.clip_norm)
@@ -193,51 +219,68 @@ def test_the_noise_on_the_mean_is_the_second_looks_no_less_and_no_more(network, 
     assert low < total < high * 1.05
 
 
-def test_noise_of_the_two_looks_is_not_the_same_with_a_seed_nor_without():
-    config = GaussianSum(4000, 1.0)
-    for seed in (0, 5):
-        a, b = (mechanism.noisy_sum([], config, seed=s)[0] for s in looks._seeds(seed))
-        assert abs(np.corrcoef(a, b)[0, 1]) < 0.09  # 5.7 standard errors
-    assert looks._seeds(None) == (None, None)
+@pytest.mark.parametrize("seed", [0, 5, None])
+def test_noise_of_the_two_steps_is_not_the_same_with_a_seed_nor_without(network, images, seed, monkeypatch):
+    seeds, intact = [], mechanism.noisy_sum
+    monkeypatch.setattr(mechanism, "noisy_sum", lambda *a, seed: seeds.append(seed) or intact(*a, seed=seed))
+    stepped(images, None, network, noise_multiplier=1.0, num_rows=1, size=300, seed=seed)
+    if seed is None:
+        assert seeds == [None, None]
+    else:
+        config = GaussianSum(4000, 1.0)
+        a, b = (intact([], config, seed=one)[0] for one in seeds)
+        assert seeds[0] == seed and abs(np.corrcoef(a, b)[0, 1]) < 0.09  # 5.7 standard errors
 
 
 def test_secret_noise_is_fresh(network, images):
-    keywords = dict(noise_multiplier=1.0, num_rows=1, declared_size=300)
+    keywords = dict(noise_multiplier=1.0, num_rows=1, size=300)
     assert not np.array_equal(
-        look_twice(images, None, network, **keywords).noisy_sum, look_twice(images, None, network, **keywords).noisy_sum
+        stepped(images, None, network, **keywords).noisy_sum, stepped(images, None, network, **keywords).noisy_sum
     )
-    same = [look_twice(images, None, network, **keywords, seed=3).noisy_sum for _ in range(2)]
+    same = [stepped(images, None, network, **keywords, seed=3).noisy_sum for _ in range(2)]
     assert np.array_equal(*same)
 
 
+@pytest.mark.parametrize("public_size", [77, None])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
-def test_the_centre_and_its_ball_follow_from_the_first_noisy_sum_and_what_was_declared(
-    network, images, relation, labelled, monkeypatch
+def test_the_centre_and_its_ball_follow_from_the_first_noisy_sum_and_what_is_public(
+    network, images, relation, labelled, public_size, monkeypatch
 ):
-    """Both calls of the mechanism seen: the second's ball is computed again from the first's result, with no image."""
+    """All calls of the mechanism seen: the second's ball is computed again from earlier results, with no image."""
     classes = {"private_labels": torch.arange(300) % 2, "class_names": ("a", "b")} if labelled else {}
-    offsets, intact = [], Centring.offsets
-    monkeypatch.setattr(Centring, "offsets", lambda self, batches: offsets.append(self) or intact(self, batches))
+    centrings, intact = [], Centring.offsets
+    monkeypatch.setattr(
+        Centring, "offsets", lambda self, codes, rows: centrings.append(self) or intact(self, codes, rows)
+    )
     with checks.spied() as calls:
-        made = release(images, network, epsilon=4.0, declared_size=77, neighboring_relation=relation, **classes)
-    (first, _, look), (second, _, again) = calls
+        made = release(
+            images, network, epsilon=4.0, method="two_steps", public_size=public_size,
+            neighboring_relation=relation, **classes,
+        )  # fmt: skip
+    *counts, (first, _, seen), (second, _, again) = calls
+    if public_size is not None:
+        size = Size.about(public_size)
+    elif relation == "add_or_remove_one":  # bought
+        ((counting, _, count),) = counts
+        error = accounting.noise_multiplier(4.0, 1e-5) / math.sqrt(COUNT_SHARE)
+        assert counting.noise_std == pytest.approx(error)
+        size = Size(max(float(count[0, 0]), counting.noise_std, 1.0), counting.noise_std)
+    else:  # public by the relation
+        size = Size(300.0, 0.0)
+    assert len(counts) == (public_size is None and relation == "add_or_remove_one")
     prior = Prior.shipped(network)
-    centre = Centring.of(
-        look, first.noise_std, prior, COUNT,
-        num_rows=second.num_rows, declared_per_row=77 / second.num_rows, labelled=labelled,
-    )  # fmt: skip
-    assert np.array_equal(offsets[0].centres, centre.centres) and second.clip_norm == centre.clip_norm
-    put_together = centre.combine(again, second, declared_per_row=77 / second.num_rows, labelled=labelled)
-    assert np.array_equal(made.noisy_sum, put_together)
-    assert [first.neighboring_relation, second.neighboring_relation] == [relation] * 2
+    centre = Centring.of(seen, first.noise_std, prior, COUNT, num_rows=second.num_rows, size=size)
+    assert np.array_equal(centrings[0].centres, centre.centres) and second.clip_norm == centre.clip_norm
+    assert np.array_equal(made.noisy_sum, centre.combine(again, second, size))
+    assert {config.neighboring_relation for config, _, _ in calls} == {relation}
 
 
 # ---- an attack on both together ----------------------------------------------------------------------------
 
 
 class Vectors(torch.nn.Module):
-    """Images that are vectors already (N, 1, 1, 3): what is attacked is the two looks, not an encoder."""
+    """Images that are vectors already (N, 1, 1, 3): what is attacked is the two steps, not an encoder."""
 
     config = SimpleNamespace(dimension=3, count_coordinate=0.25)
 
@@ -250,10 +293,10 @@ class Vectors(torch.nn.Module):
 
 
 def attacked(multiplier, first_factor=1.0, second_factor=1.0, runs=24_000):
-    """Lower bound on mu from re-running `look_twice` on neighbours, each row of a release a run of its own.
+    """Lower bound on mu from re-running both steps on neighbours, each row of a release a run of its own.
 
     The attacker knows all but one image, sees the result of both calls of the mechanism, and has the optimal score: the
-    likelihood ratio of both looks. The factors make the noise of a look smaller than it is charged for.
+    likelihood ratio of both steps. The factors make the noise of a step smaller than it is charged for.
     """
     prior = {"mean": torch.zeros(2), "between": torch.eye(2) / 10, "within": torch.eye(2) / 10}
     network = SimpleNamespace(encoder=Vectors(), priors={f"2.{part}": value for part, value in prior.items()})
@@ -281,16 +324,16 @@ def attacked(multiplier, first_factor=1.0, second_factor=1.0, runs=24_000):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mechanism, "noisy_sum", noisy_sum)
             patch.setattr(Centring, "of", of)
-            look_twice(
-                images, rows, network, noise_multiplier=multiplier, num_rows=runs, declared_size=20 * runs,
-                config=LooksConfig(own_centre=0.0),
+            stepped(
+                images, rows, network, noise_multiplier=multiplier, num_rows=runs, size=20 * runs,
+                config=TwoStepsConfig(own_centre=0.0),
             )  # fmt: skip
-        (look, first_std), (again, second_std) = results
+        (seen, first_std), (again, second_std) = results
         centre = centrings[-1]
         known, known_rows = np.tile(others, (runs, 1)), np.repeat(np.arange(runs), len(others))
-        expected = next(centre.offsets([(known, known_rows)]))[0].reshape(runs, -1, 3).sum(1)
-        moved = next(centre.offsets([(np.tile(mine, (runs, 1)), np.arange(runs))]))[0]
-        ratio = (look - others.sum(0)) @ mine[0] / first_std**2 - 0.5 / first_std**2
+        expected = centre.offsets(known, known_rows).reshape(runs, -1, 3).sum(1)
+        moved = centre.offsets(np.tile(mine, (runs, 1)), np.arange(runs))
+        ratio = (seen - others.sum(0)) @ mine[0] / first_std**2 - 0.5 / first_std**2
         ratio += ((again - expected) * moved).sum(1) / second_std**2
         return ratio - 0.5 * np.square(moved).sum(1) / second_std**2
 
@@ -300,13 +343,13 @@ def attacked(multiplier, first_factor=1.0, second_factor=1.0, runs=24_000):
     return bounds.mu_lower_bound(bounds.count(without[some:], having[some:], threshold), 1 - 1e-6)
 
 
-def test_re_running_both_looks_does_not_refute_the_certified_mu_and_comes_near_it():
+def test_re_running_both_steps_does_not_refute_the_certified_mu_and_comes_near_it():
     """Nothing is assumed of the noise. False alarm: one in a million."""
     assert 0.7 / 2.0 < attacked(2.0) <= 1 / 2.0
 
 
 @pytest.mark.parametrize(("first_factor", "second_factor"), [(0.2**0.5, 0.8**0.5), (1.0, 0.5)])
-def test_a_budget_charged_once_for_both_looks_is_refuted_and_so_is_half_of_the_noise(first_factor, second_factor):
+def test_a_budget_charged_once_for_both_steps_is_refuted_and_so_is_half_of_the_noise(first_factor, second_factor):
     assert attacked(2.0, first_factor, second_factor) > 1 / 2.0
 
 
@@ -317,8 +360,8 @@ def test_a_budget_charged_once_for_both_looks_is_refuted_and_so_is_half_of_the_n
 def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, images, labelled):
     rows = np.arange(300) % 3 if labelled else None
     classes = 3 if labelled else 1
-    keywords = dict(noise_multiplier=0.0, num_rows=classes, declared_size=77, config=LooksConfig(reach=4.0))
-    seen = look_twice(images, rows, network, **keywords, seed=0)
+    keywords = dict(noise_multiplier=0.0, num_rows=classes, size=77, config=TwoStepsConfig(reach=4.0))
+    seen = stepped(images, rows, network, **keywords, seed=0)
     labels = None if rows is None else torch.from_numpy(rows)
     plain, _ = controls.noisy_class_sums(images, labels, network.encoder, epsilon=math.inf, num_classes=classes, seed=0)
     assert np.allclose(seen.noisy_sum, plain, atol=2e-3)
@@ -327,20 +370,28 @@ def test_without_noise_and_with_nothing_cut_the_sum_is_the_plain_one(network, im
 def test_small_classes_share_one_centre_and_large_ones_have_their_own(network, images):
     rows = np.arange(300) % 3
     for multiplier, own in ((20.0, False), (1.0, True)):
-        seen = look_twice(images, rows, network, noise_multiplier=multiplier, num_rows=3, declared_size=300, seed=0)
+        seen = stepped(images, rows, network, noise_multiplier=multiplier, num_rows=3, size=300, seed=0)
         assert seen.first.num_rows == (3 if own else 1) and seen.second.num_rows == 3
         assert seen.first.clip_norm == 1.0
 
 
-@given(st.floats(1, 1e5), st.floats(-1e3, 1e5), st.floats(0, 1e3))
-def test_a_pooled_count_lies_between_its_sources_and_is_at_least_one(declared, noisy, std):
-    count = pooled_count(declared, 0.1, (noisy, std))
-    assert max(1.0, min(declared, noisy)) - 1e-6 <= count <= max(declared, noisy, 1.0) + 1e-6
+@given(st.floats(1, 1e5), st.floats(-1e3, 1e5), st.floats(0, 1e3), st.floats(0, 1e3))
+def test_a_pooled_count_lies_between_its_sources_and_is_at_least_one(known, noisy, error, std):
+    count = pooled_count(Size(known, error), Size(noisy, std))
+    assert max(1.0, min(known, noisy)) - 1e-6 <= count <= max(known, noisy, 1.0) + 1e-6
 
 
-def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
+def test_of_two_counts_the_one_with_less_error_counts_for_more():
+    assert pooled_count(Size(100.0, 0.0), Size(500.0, 10.0)) == 100.0  # known for certain
+    assert pooled_count(Size(100.0, 10.0), Size(130.0, 20.0)) == pytest.approx(100 + 30 / 5)
+    assert Size.about(300.0) == Size(300.0, 30.0) == Size(300.0, 30.0).of_one(1)
+    # classes may be of any size, even where the number of all images is known for certain
+    assert Size(300.0, 0.0).of_one(3) == Size(100.0, 50.0)
+    assert Size(300.0, 600.0).of_one(3) == Size(100.0, 200.0)
+
+
+def test_the_mean_of_one_kind_of_image_is_met_better_than_by_one_sum():
     """On 20 held-out public shapes, with noise from seeds: the root mean square error falls by a quarter at least."""
-    from hyperdp_lib.pretrained import load_pretrained
     from hyperdp_lib.public.glyphs import GlyphTasks
 
     network = load_pretrained("glyphs-nested")[1].using(64)
@@ -350,9 +401,7 @@ def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
     for seed, task in enumerate(tasks):
         clean = embed(network.encoder, task)[:, 1:].double().mean(0).numpy()
         once, _ = controls.noisy_class_sums(task, None, network.encoder, epsilon=1.0, seed=seed)
-        twice = look_twice(
-            task, None, network, noise_multiplier=3.731, num_rows=1, declared_size=128, seed=seed
-        ).noisy_sum
+        twice = stepped(task, None, network, noise_multiplier=3.731, num_rows=1, size=128, seed=seed).noisy_sum
         for name, sums in (("one", once), ("two", twice)):
             errors[name] += float(np.square(sums[0, 1:] / sums[0, 0] * constant - clean).sum())
     assert errors["two"] < (0.75**2) * errors["one"]
@@ -365,36 +414,48 @@ def test_the_mean_of_one_kind_of_image_is_met_better_than_in_one_look():
     ("name", "value"), [("share", 0.0), ("share", 1.0), ("share_together", 1.0), ("reach", 0.0), ("own_centre", -1.0)]
 )
 def test_a_configuration_out_of_range_is_refused(name, value):
-    with pytest.raises(InputError, match="two looks need"):
-        LooksConfig(**{name: value})
+    with pytest.raises(InputError, match="two steps need"):
+        TwoStepsConfig(**{name: value})
 
 
-def test_what_cannot_be_done_in_two_looks_is_refused(network, images):
+def test_what_cannot_be_done_in_two_steps_is_refused_before_anything_is_spent(network, images, monkeypatch):
+    monkeypatch.setattr(mechanism, "noisy_sum", lambda *a, **k: pytest.fail("something was released"))
     keywords = dict(noise_multiplier=1.0, num_rows=1)
-    with pytest.raises(InputError, match="declared size"):
-        look_twice(images, None, network, declared_size=0, **keywords)
+    with pytest.raises(InputError, match="public_size"):
+        release(images, network, epsilon=1.0, method="two_steps", public_size=0)
+    in_cells = CellHyperNetwork(network, torch.zeros(1, K))
     with pytest.raises(InputError, match="cells"):
-        look_twice(images, None, CellHyperNetwork(network, torch.zeros(1, K)), declared_size=300, **keywords)
+        stepped(images, None, in_cells, size=300, **keywords)
+    with pytest.raises(InputError, match="two steps"):
+        release(images, in_cells, epsilon=1.0, method="two_steps")
     priors, network.priors = network.priors, {}
     try:
+        for public_size in (300, None):
+            with pytest.raises(InputError, match="prior"):
+                release(images, network, epsilon=1.0, method="two_steps", public_size=public_size)
         with pytest.raises(InputError, match="prior"):
-            release(images, network, epsilon=1.0, declared_size=300)
+            stepped(images, None, network, size=300, **keywords)
     finally:
         network.priors = priors
 
 
-def test_the_command_takes_two_looks_and_wants_a_declared_size(tmp_path: Path, capsys, images):
-    source = tmp_path / "images.npz"
+@pytest.mark.parametrize("public_size", ["128", None])
+def test_the_command_takes_two_steps_with_a_public_size_or_a_noisy_count(tmp_path: Path, capsys, images, public_size):
+    source, out = tmp_path / "images.npz", tmp_path / "two"
     save_npz(source, ImageSet(images[:128]))
-    command = ["release", str(source), "--epsilon", "1", "--hypernetwork", "glyphs-nested", "--num-samples", "0"]
-    assert main([*command, "--looks", "2", "--out", str(tmp_path / "no")]) == 2
-    assert "--declared-size" in capsys.readouterr().err and not (tmp_path / "no").exists()
-    out = tmp_path / "two"
-    assert main([*command, "--looks", "2", "--declared-size", "128", "--out", str(out)]) == 0
+    command = ["release", str(source), "--epsilon", "1", "--weights", "glyphs", "--method", "two-steps"]
+    public = ["--public-size", public_size] if public_size else []
+    assert main([*command, *public, "--no-refine", "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "epsilon = 1," in told.out and "two sums" in told.err
+    ledger = json.loads((out / "certificate.json").read_text())["ledger"]
+    steps = [entry["description"] for entry in ledger if entry["kind"] == "gaussian"]
+    assert steps == ([FIRST, SECOND] if public_size else [COUNTED, FIRST, SECOND])
+    assert (COUNTED in told.err) == (public_size is None)
     assert verify(out) == []
     assert main(["verify", str(out)]) == 0
-    assert main(["refine", str(out), "--out", str(tmp_path / "better"), "--hypernetwork", "glyphs-nested",
-                 "--num-rounds", "1", "--num-samples", "0"]) == 0  # fmt: skip
-    assert verify(tmp_path / "better") == []
+    made, short = load_release(out), RefinementConfig(num_rounds=1, images_per_class=4, sampling_steps=1)
+    network = load_pretrained("glyphs-nested")[1]
+    better = refine_release(made, network, short, generator=torch.Generator().manual_seed(0))
+    save_release(tmp_path / "better", better, num_samples=0)
+    assert verify(tmp_path / "better") == [] and made.certificate.post_processing == ()
