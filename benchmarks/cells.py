@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hyperdp_lib import cells, classifier, data, diffusion, embedding
+from hyperdp_lib import cells, data, diffusion, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.data import ImageSet
 from hyperdp_lib.pretrained import features_file, load_pretrained
@@ -52,6 +53,11 @@ def draw(name: str, split: str, seed: int) -> ImageSet:
     return ImageSet(source.images[torch.cat(rows)[order]], labels[order], names)
 
 
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """Rows of the first ``count`` images of each class, or of all that there are; class by class."""
+    return torch.cat([torch.nonzero(labels == label)[:count, 0] for label in labels.unique()])
+
+
 @functools.cache
 def prepared(name: str, seed: int) -> tuple[ImageSet, ImageSet, np.ndarray]:
     """All images of the classes, test images of them, and features of the former."""
@@ -71,7 +77,7 @@ def measure(
     base_model, network = models
     everything, tests, theirs = prepared(name, seed)
     assert everything.labels is not None
-    rows = classifier.agreeing(everything.labels, everything.labels, size) if labelled else torch.arange(size)
+    rows = first_of_each(everything.labels, size) if labelled else torch.arange(size)
     images, labels = everything.images[rows], everything.labels[rows] if labelled else None
     classes = CLASSES if labelled else 1
     noise_std = controls.noise_std(epsilon)
@@ -84,8 +90,8 @@ def measure(
     ours = evaluation.features(scoring_network(), samples)
     scores = {"frechet_distance": evaluation.frechet_distance(ours, theirs)}
     if labelled:
-        asked = torch.arange(CLASSES).repeat_interleave(IMAGES // CLASSES)
-        scores["accuracy"] = evaluation.downstream_accuracy(samples, asked, tests.images, tests.labels)
+        drawn_for = torch.arange(CLASSES).repeat_interleave(IMAGES // CLASSES)
+        scores["accuracy"] = evaluation.downstream_accuracy(samples, drawn_for, tests.images, tests.labels)
     return scores, made.hypernetwork.encoder.coordinates
 
 
@@ -98,10 +104,10 @@ def main() -> None:
     started = datetime.now(UTC)
     models = load_pretrained("glyphs-nested")
     sets = [(*one, True) for one in LABELLED] + [(*one, False) for one in MIXED]
-    asked = [(*one, epsilon, count, cells.COUNTED) for one in sets for epsilon in EPSILONS for count in cells.NUMBERS]
-    asked += [(*one, False, epsilon, 16, STRICT) for one in MIXED for epsilon in EPSILONS]
+    cases = [(*one, epsilon, count, cells.COUNTED) for one in sets for epsilon in EPSILONS for count in cells.NUMBERS]
+    cases += [(*one, False, epsilon, 16, STRICT) for one in MIXED for epsilon in EPSILONS]
     rows = []
-    for name, size, labelled, epsilon, count, counted in progress_bar(asked, desc="cells"):
+    for name, size, labelled, epsilon, count, counted in progress_bar(cases, desc="cells"):
         found = [measure(models, name, size, labelled, epsilon, count, counted, seed) for seed in range(options.seeds)]
         means = {score: round(statistics.fmean(scores[score] for scores, _ in found), 3) for score in found[0][0]}
         taken = counted == cells.COUNTED and count == cells.cells_for(

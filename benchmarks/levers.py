@@ -34,20 +34,20 @@ from hyperdp_lib.scores import evaluation
 
 OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "levers.json"
 EPSILON = 1.0
-ONCE, LOOP, CELLS, CELLS_LOOP, LOOKS, LOOKS_LOOP = LEVERS = tuple(
+ONCE, LOOP, CELLS, CELLS_LOOP, STEPS, STEPS_LOOP = LEVERS = tuple(
     f"dp_deepsets_{lever}"
     for lever in ("nested", "nested_refined", "cells", "cells_refined", "looks", "looks_refined")
 )
 WEIGHTS = {"glyphs": ("glyphs", "runs/nested-seed1/weights"), "drawings": ("drawings", "runs/drawings-seed1/weights")}
-# weights, private set, how many of its images, levers; cells where the rule gives more than one; two looks for letters
+# weights, private set, how many of its images, levers; cells where the rule gives more than one; two steps for letters
 # and strokes alone, since they were thought of when a second training of drawings was not at hand
 SETS = (
-    ("glyphs", "digits", 1437, (ONCE, LOOP, LOOKS, LOOKS_LOOP)),
-    ("glyphs", "digits", 128, (ONCE, LOOP, LOOKS, LOOKS_LOOP)),
-    ("glyphs", "digits/3", 128, (ONCE, LOOP, LOOKS, LOOKS_LOOP)),
-    ("glyphs", "digits/all", 128, (ONCE, LOOP, LOOKS, LOOKS_LOOP)),
+    ("glyphs", "digits", 1437, (ONCE, LOOP, STEPS, STEPS_LOOP)),
+    ("glyphs", "digits", 128, (ONCE, LOOP, STEPS, STEPS_LOOP)),
+    ("glyphs", "digits/3", 128, (ONCE, LOOP, STEPS, STEPS_LOOP)),
+    ("glyphs", "digits/all", 128, (ONCE, LOOP, STEPS, STEPS_LOOP)),
     ("glyphs", "digits/all", 1437, (ONCE, LOOP, CELLS, CELLS_LOOP)),
-    ("glyphs", "fashion-mnist/T-shirt", 128, (ONCE, LOOP, LOOKS, LOOKS_LOOP)),
+    ("glyphs", "fashion-mnist/T-shirt", 128, (ONCE, LOOP, STEPS, STEPS_LOOP)),
     ("drawings", "mnist", 2048, (ONCE, LOOP)),
     ("drawings", "mnist/3", 128, (ONCE, LOOP)),
     ("drawings", "mnist/all", 128, (ONCE, LOOP)),

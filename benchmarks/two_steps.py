@@ -1,16 +1,16 @@
-"""One look or two: how near do they come to the mean, how good are the samples, and which labels are told?
+"""One sum or two steps: how near do they come to the mean, how good are the samples, and what is known of labels?
 
-    HYPERDP_DATA=data python benchmarks/looks.py    # writes book/results/benchmarks/looks.json
+    HYPERDP_DATA=data python benchmarks/two_steps.py    # writes book/results/benchmarks/two_steps.json
 
-Public drawings by people, and held-out glyphs, play the private part; the choices of `hyperdp_lib.looks` were made by
-these tables. No private image is read.
+Public drawings by people, and held-out glyphs, play the private part; the choices of `hyperdp_lib.two_steps` were made
+by these tables. No private image is read. The number of images is known to a tenth, as if it were public.
 
-* ``means``: root mean square error of the mean embedding of 128 images, by share of the first look and reach of the
-  second, beside one look and its posterior mean; one class, or a mixture of all classes of a set;
-* ``sampled``: Fréchet distance of samples from all images of the class or set, of which 128 were released: one look,
-  two looks, and without noise;
+* ``means``: root mean square error of the mean embedding of 128 images, by share of the first step and reach of the
+  second, beside one sum and its posterior mean; one class, or a mixture of all classes of a set;
+* ``sampled``: Fréchet distance of samples from all images of the class or set, of which 128 were released: one sum,
+  two steps, and without noise;
 * ``labels``: accuracy of the release read as a classifier (`hyperdp_lib.classifier`) of ten classes, by images of each:
-  one look; two looks with one centre for all classes, by share of the first; two looks with a centre for each.
+  one sum; two steps with one centre for all classes, by share of the first; two steps with a centre for each.
 
 Half an hour of a core.
 """
@@ -31,22 +31,23 @@ import torch
 from torch import Tensor
 from transfer import CLASSES, draw
 
-from hyperdp_lib import accounting, data, diffusion, embedding, looks
+from hyperdp_lib import accounting, data, diffusion, embedding
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.classifier import Classifier
-from hyperdp_lib.looks import LooksConfig
+from hyperdp_lib.measure import measure
 from hyperdp_lib.pretrained import features_file, load_pretrained
 from hyperdp_lib.prior import Prior, posterior
 from hyperdp_lib.progress import progress_bar
 from hyperdp_lib.public.glyphs import GlyphTasks
 from hyperdp_lib.records import provenance, require_commit, write_atomically
 from hyperdp_lib.scores import evaluation
+from hyperdp_lib.two_steps import DEFAULT, TYPICAL, Size, TwoStepsConfig, two_steps
 
-OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "looks.json"
+OUT = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks" / "two_steps.json"
 DELTA, IMAGES, SAMPLES = 1e-5, 128, 500
 SHARES, REACHES, EPSILONS = (0.05, 0.1, 0.2, 0.35), (0.5, 0.8, 1.0, 1.3), (0.5, 1.0, 4.0)
 SIZES = (12, 48, 144)
-ONE, POSTERIOR, TWO, CLEAN = "one look", "its posterior mean", "two looks", "no noise"
+ONE, POSTERIOR, TWO, CLEAN = "one sum", "its posterior mean", "two steps", "no noise"
 OWN = "own centres"
 
 
@@ -66,22 +67,30 @@ def sets(count: int) -> Iterator[tuple[str, str, Tensor]]:
             yield "mixture", f"{name} mixture {number}", source.images[chosen]
 
 
-def one_look(images: Tensor, network: Any, epsilon: float, seed: int) -> tuple[Tensor, float]:
+def one_sum(images: Tensor, network: Any, epsilon: float, seed: int) -> tuple[Tensor, float]:
     """The noisy sum (1, 1 + k) and its noise; ``epsilon`` infinite: none."""
     sums, noise_std = controls.noisy_class_sums(images, None, network.encoder, epsilon=epsilon, seed=seed)
     return torch.as_tensor(sums), noise_std
 
 
-def two_looks(
-    images: Tensor, network: Any, epsilon: float, seed: int, config: LooksConfig = looks.DEFAULT
+def both_steps(
+    images: Tensor,
+    labels: Tensor | None,
+    network: Any,
+    epsilon: float,
+    seed: int,
+    config: TwoStepsConfig = DEFAULT,
 ) -> tuple[Tensor, float]:
-    """The same from two looks."""
-    multiplier = accounting.noise_multiplier(epsilon, DELTA)
-    seen = looks.look_twice(
-        images, None, network, noise_multiplier=multiplier, num_rows=1, declared_size=len(images), seed=seed,
+    """The same from two steps, a row for each of ten classes if there are labels."""
+    course = two_steps(
+        network,
+        noise_multiplier=accounting.noise_multiplier(epsilon, DELTA),
+        num_rows=1 if labels is None else CLASSES,
+        size=Size.about(len(images)),
         config=config,
-    )  # fmt: skip
-    return torch.as_tensor(seen.noisy_sum), seen.second.noise_std
+    )
+    _, (noisy_sum, noise_std) = measure(images, None if labels is None else labels.numpy(), course, seed=seed)
+    return torch.as_tensor(noisy_sum), noise_std
 
 
 def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
@@ -93,17 +102,17 @@ def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
         for seed, epsilon in enumerate(EPSILONS):
             mine = images[:IMAGES]
             clean = embedding.embed(network.encoder, mine)[:, 1:].double().mean(0)
-            sums, noise_std = one_look(mine, network, epsilon, seed)
-            told = {
+            sums, noise_std = one_sum(mine, network, epsilon, seed)
+            found = {
                 (ONE, None, None): sums[0, 1:] / sums[0, 0] * constant,
                 (POSTERIOR, None, None): posterior(sums, noise_std, prior, constant)[0][0],
             }
             for share in SHARES:
                 for reach in REACHES:
-                    config = LooksConfig(share=share, reach=reach)
-                    sums, _ = two_looks(mine, network, epsilon, seed, config)
-                    told[TWO, share, reach] = sums[0, 1:] / sums[0, 0] * constant
-            for which, mean in told.items():
+                    config = TwoStepsConfig(share=share, reach=reach)
+                    sums, _ = both_steps(mine, None, network, epsilon, seed, config)
+                    found[TWO, share, reach] = sums[0, 1:] / sums[0, 0] * constant
+            for which, mean in found.items():
                 squares.setdefault((kind, epsilon, *which), []).append(float((mean - clean).square().sum()))
     return [
         {"kind": kind, "epsilon": epsilon, "way": way, "share": share, "reach": reach, "sets": len(values),
@@ -115,7 +124,7 @@ def mean_errors(network: Any, count: int) -> list[dict[str, Any]]:
 def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, seeds: int) -> list[dict[str, Any]]:
     """Rows of the table of samples."""
     noise_std = controls.noise_std(1.0)
-    once, (twice, _) = network.fitting(noise_std, IMAGES), looks.fit(network, noise_std, IMAGES)
+    once, twice = (network.fitting(noise, IMAGES) for noise in (noise_std, TYPICAL * noise_std))
     most = network.using(64)
     rows = []
     for kind, name, images in progress_bar(list(sets(count)), desc="samples"):
@@ -125,9 +134,9 @@ def sample_distances(base_model: Any, network: Any, scoring: Any, count: int, se
             g = torch.Generator().manual_seed(seed)
             mine = images[torch.randperm(len(images), generator=g)[:IMAGES]]
             released = {
-                ONE: (once, *one_look(mine, once, 1.0, seed)),
-                TWO: (twice, *two_looks(mine, twice, 1.0, seed)),
-                CLEAN: (most, *one_look(mine, most, math.inf, seed)),
+                ONE: (once, *one_sum(mine, once, 1.0, seed)),
+                TWO: (twice, *both_steps(mine, None, twice, 1.0, seed)),
+                CLEAN: (most, *one_sum(mine, most, math.inf, seed)),
             }
             for way, (reader, sums, noise) in released.items():
                 with torch.no_grad():
@@ -146,26 +155,23 @@ def label_accuracies(network: Any, repetitions: int) -> list[dict[str, Any]]:
     sources: dict[str, Any] = {"glyphs": GlyphTasks(split="held_out", progress=False)}
     sources |= {name: data.load_named_or_path(name, 16, 1) for name in ("kkanji", "quickdraw", "omniglot")}
     noise_std = controls.noise_std(1.0)
-    configs = {f"one centre, share {s:g}": LooksConfig(share_together=s, own_centre=math.inf) for s in SHARES}
-    configs[OWN] = LooksConfig(own_centre=0.0)
-    asked = [(name, size) for name in sources for size in SIZES if name != "omniglot" or size < 20]  # it has 20 of each
+    configs = {f"one centre, share {s:g}": TwoStepsConfig(share_together=s, own_centre=math.inf) for s in SHARES}
+    configs[OWN] = TwoStepsConfig(own_centre=0.0)
+    cases = [(name, size) for name in sources for size in SIZES if name != "omniglot" or size < 20]  # it has 20 of each
     rows = []
-    for name, size in progress_bar(asked, desc="labels"):
-        once, (twice, _) = network.fitting(noise_std, size), looks.fit(network, noise_std, size)
+    for name, size in progress_bar(cases, desc="labels"):
+        once, twice = (network.fitting(noise, size) for noise in (noise_std, TYPICAL * noise_std))
         found: dict[str, list[float]] = {}
         for seed in range(repetitions):
             images, labels, tests, truth = draw(sources[name], size, seed)
             sums, noise = controls.noisy_class_sums(
                 images, labels, once.encoder, epsilon=1.0, num_classes=CLASSES, seed=seed
             )
-            told = {ONE: Classifier.of(sums, noise, once)}
+            read = {ONE: Classifier.of(sums, noise, once)}
             for way, config in configs.items():
-                seen = looks.look_twice(
-                    images, labels.numpy(), twice, noise_multiplier=noise_std, num_rows=CLASSES,
-                    declared_size=len(images), seed=seed, config=config,
-                )  # fmt: skip
-                told[way] = Classifier.of(seen.noisy_sum, seen.second.noise_std, twice)
-            for way, classify in told.items():
+                sums, noise = both_steps(images, labels, twice, 1.0, seed, config)
+                read[way] = Classifier.of(sums, noise, twice)
+            for way, classify in read.items():
                 found.setdefault(way, []).append(float((classify(tests) == truth).double().mean()))
         for way, values in found.items():
             error = statistics.stdev(values) / math.sqrt(len(values))
@@ -191,11 +197,11 @@ def main() -> None:
         "epsilon": 1.0, "delta": DELTA, "neighboring_relation": "add_or_remove_one", "images": IMAGES,
         "samples": SAMPLES, "seeds": options.seeds, "repetitions": options.repetitions, "classes": CLASSES,
         "features": scoring.name, "label": evaluation.NOT_DP,
-        "chosen": dataclasses.asdict(looks.DEFAULT),
+        "chosen": dataclasses.asdict(DEFAULT),
         "means": mean_errors(network, 3 * options.sets),
         "labels": label_accuracies(network, options.repetitions),
         "sampled": sample_distances(base_model, network, scoring, options.sets, options.seeds),
-        "provenance": provenance("python benchmarks/looks.py", "cpu", started),
+        "provenance": provenance("python benchmarks/two_steps.py", "cpu", started),
     }  # fmt: skip
     write_atomically(options.out, json.dumps(content, indent=1) + "\n")
 

@@ -147,7 +147,7 @@ def test_a_record_of_code_with_changes_is_refused_in_the_repository(monkeypatch,
 # made from code that was not committed, or at a commit that is not in the history: to be made again
 TO_BE_MADE_AGAIN = """
 benchmarks/forecast_coverage.json
-benchmarks/looks.json
+benchmarks/two_steps.json
 layers/digits.json
 theory/learned.json
 """.split()
