@@ -31,7 +31,8 @@ from hyperdp_lib.adapter import Adapter
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import InputError
 from hyperdp_lib.prior import Prior, observed, posterior
-from hyperdp_lib.releasing import Release, reader
+from hyperdp_lib.release_folder import Release
+from hyperdp_lib.releasing import reader
 
 RIDGE = 0.3  # how far the spread of public images is drawn towards one number for all directions
 

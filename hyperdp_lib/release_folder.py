@@ -1,4 +1,4 @@
-"""A release on disk: PEFT adapters, base model, certificate, noisy sum, model card, sample sheet.
+"""A release, in memory and on disk: PEFT adapters, base model, certificate, noisy sum, model card, sample sheet.
 
 The folder is complete by itself: plain diffusers and PEFT draw from it.
 """
@@ -6,6 +6,7 @@ The folder is complete by itself: plain diffusers and PEFT draw from it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 from torch import nn
 
-from hyperdp_lib import certificate, strict_json
+from hyperdp_lib import cells, certificate, diffusion, strict_json
 from hyperdp_lib.adapter import Adapter, concatenate, load_adapter, save_adapter
 from hyperdp_lib.artefacts import (
     BASE_FILES,
@@ -38,11 +40,79 @@ from hyperdp_lib.artefacts import (
 )
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, save_grid
-from hyperdp_lib.diffusion import load_base_model, sample_classes
+from hyperdp_lib.diffusion import load_base_model
 from hyperdp_lib.planning import folder_names
-from hyperdp_lib.releasing import Release
 
 MOST_BYTES = 2**30  # of one file that is read back
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """What leaves the private side: all of it is public.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        One LoRA adapter, or one a class.
+    certificate : Certificate
+        What it cost in privacy.
+    noisy_sum : ndarray
+        ``(K, k)``, what the adapter was decoded from: a better hypernetwork decodes it again at no privacy cost.
+    base_model : module or None
+        What the adapter is for.
+    """
+
+    adapter: Adapter
+    certificate: Certificate
+    noisy_sum: np.ndarray
+    base_model: nn.Module | None = None
+
+    def sample(
+        self,
+        num_images: int = 1000,
+        *,
+        seed: int = 0,
+        balanced: bool = False,
+        num_steps: int = 20,
+        progress: bool = False,
+    ) -> ImageSet:
+        """Samples (num_images, C, H, W) in [-1, 1], with labels if there are classes.
+
+        Parameters
+        ----------
+        seed : of the samples, public.
+        balanced : as many of each class; default: in the released (noisy) proportions.
+        num_steps : denoising steps.
+        """
+        if self.base_model is None:
+            raise InputError("the release holds no base model to sample from: load it with load_release")
+        names = self.certificate.class_names
+        counts = self.counts(num_images, balanced=balanced)
+        images = diffusion.sample_classes(
+            self.base_model, self.adapter, len(counts), counts,
+            generator=torch.Generator().manual_seed(seed), num_steps=num_steps, progress=progress,
+        )  # fmt: skip
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return ImageSet(images, labels if names else None, names or None)
+
+    def to(self, device: str) -> Release:
+        """The same on a device."""
+        base_model = None if self.base_model is None else self.base_model.to(device)
+        return dataclasses.replace(self, adapter=self.adapter.to(device), base_model=base_model)
+
+    def counts(self, num_images: int, *, balanced: bool = False) -> list[int]:
+        """How many of ``num_images`` samples are drawn of each class."""
+        classes = max(1, len(self.certificate.class_names))
+        shares = torch.ones(classes, dtype=torch.float64)
+        if not balanced:
+            shares = cells.released_proportions(self.noisy_sum)
+            if len(shares) != classes:
+                raise InputError("the noisy sum is of other classes than the certificate; see hyperdp verify")
+        return cells.apportion(shares, num_images).tolist()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the release folder; see `save_release`."""
+        return save_release(folder, self, overwrite=overwrite)
 
 
 def save_release(
@@ -185,11 +255,6 @@ def load_release(folder: str | Path, base_model: nn.Module | None = None) -> Rel
     return Release(_adapters(folder, statement, base_model), statement, noisy_sum, base_model)
 
 
-def class_names_of(adapter: Adapter) -> tuple[str, ...]:
-    """The classes of loaded adapters, whose members are ``3``, or ``3/1`` to ``3/20`` where a class is a mixture."""
-    return tuple(dict.fromkeys(name.split("/")[0] for name in adapter.names))
-
-
 def load_adapters(folder: str | Path, base_model: nn.Module) -> Adapter:
     """The adapters of a release, one for each class; or a plain PEFT folder's, if there is no certificate in it.
 
@@ -255,7 +320,7 @@ def _write_samples(
     """A sheet with one row a class (or ten columns); the samples are post-processing, their seed is of no matter."""
     classes = len(class_names) or 1
     share = max(1, num_samples // classes)
-    images = sample_classes(base_model, adapter, classes, share, generator=torch.Generator().manual_seed(0))
+    images = diffusion.sample_classes(base_model, adapter, classes, share, generator=torch.Generator().manual_seed(0))
     if not class_names:
         save_grid(path, ImageSet(images), rows=-(-share // 10))
     else:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from hyperdp_lib import cells, certificate, diffusion
-from hyperdp_lib.adapter import Adapter
+from hyperdp_lib import cells, certificate
 from hyperdp_lib.artefacts import tensors_sha256
 from hyperdp_lib.certificate import Certificate
 from hyperdp_lib.data import ImageSet, InputError, check_model_range
@@ -27,77 +23,7 @@ from hyperdp_lib.measure import NoisySum, measure
 from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.planning import Plan, Reading
 from hyperdp_lib.refinement import RefinementConfig, refine
-
-
-@dataclass(frozen=True, eq=False)
-class Release:
-    """What leaves the private side: all of it is public.
-
-    Attributes
-    ----------
-    adapter : Adapter
-        One LoRA adapter, or one a class.
-    certificate : Certificate
-        What it cost in privacy.
-    noisy_sum : ndarray
-        ``(K, k)``, what the adapter was decoded from: a better hypernetwork decodes it again at no privacy cost.
-    base_model : module or None
-        What the adapter is for.
-    """
-
-    adapter: Adapter
-    certificate: Certificate
-    noisy_sum: np.ndarray
-    base_model: nn.Module | None = None
-
-    def sample(
-        self,
-        num_images: int = 1000,
-        *,
-        seed: int = 0,
-        balanced: bool = False,
-        num_steps: int = 20,
-        progress: bool = False,
-    ) -> ImageSet:
-        """Samples (num_images, C, H, W) in [-1, 1], with labels if there are classes.
-
-        Parameters
-        ----------
-        seed : of the samples, public.
-        balanced : as many of each class; default: in the released (noisy) proportions.
-        num_steps : denoising steps.
-        """
-        if self.base_model is None:
-            raise InputError("the release holds no base model to sample from: load it with load_release")
-        names = self.certificate.class_names
-        counts = self.counts(num_images, balanced=balanced)
-        images = diffusion.sample_classes(
-            self.base_model, self.adapter, len(counts), counts,
-            generator=torch.Generator().manual_seed(seed), num_steps=num_steps, progress=progress,
-        )  # fmt: skip
-        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        return ImageSet(images, labels if names else None, names or None)
-
-    def to(self, device: str) -> Release:
-        """The same on a device."""
-        base_model = None if self.base_model is None else self.base_model.to(device)
-        return dataclasses.replace(self, adapter=self.adapter.to(device), base_model=base_model)
-
-    def counts(self, num_images: int, *, balanced: bool = False) -> list[int]:
-        """How many of ``num_images`` samples are drawn of each class."""
-        classes = max(1, len(self.certificate.class_names))
-        shares = torch.ones(classes, dtype=torch.float64)
-        if not balanced:
-            shares = cells.released_proportions(self.noisy_sum)
-            if len(shares) != classes:
-                raise InputError("the noisy sum is of other classes than the certificate; see hyperdp verify")
-        return cells.apportion(shares, num_images).tolist()
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the release folder; see `release_folder.save_release`."""
-        from hyperdp_lib.release_folder import save_release
-
-        return save_release(folder, self, overwrite=overwrite)
+from hyperdp_lib.release_folder import Release
 
 
 def release(

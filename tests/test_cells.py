@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hyperdp_lib import embedding, mechanism
 from hyperdp_lib.adapter import apply_adapters
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import (
     NUMBERS,
@@ -25,7 +26,6 @@ from hyperdp_lib.data import InputError, digits
 from hyperdp_lib.embedding import CHUNK, COUNT_COORDINATE, embed
 from hyperdp_lib.pretrained import load_pretrained
 from hyperdp_lib.refinement import RefinementConfig, refine
-from hyperdp_lib.release import release
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """A release with classes as a classifier: the densities it says it uses, and samples chosen or labelled by it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 
 from hyperdp_lib import classifier, data, embedding, pretrained
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.baselines import controls
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.classifier import Classifier
@@ -15,7 +18,6 @@ from hyperdp_lib.embedding import EncoderConfig
 from hyperdp_lib.hypernetwork import noisy_count
 from hyperdp_lib.prior import Prior
 from hyperdp_lib.public.glyphs import GlyphConfig, GlyphTasks
-from hyperdp_lib.release import release
 
 K = 3
 COUNT = embedding.COUNT_COORDINATE
@@ -41,7 +43,8 @@ def network():
     train = data.digits("train")
     base_model, found = pretrained.load_pretrained("glyphs")
     labelled = dict(private_labels=train.labels, class_names=train.class_names)
-    return base_model, found, release(train.images, found, epsilon=1.0, seed=0, **labelled)
+    made = release(train.images, found, epsilon=1.0, seed=0, **labelled)
+    return found, dataclasses.replace(made, base_model=base_model)
 
 
 def some_prior(seed=0):
@@ -120,41 +123,24 @@ def test_it_is_better_than_the_nearest_released_mean():
     assert np.mean(gain) > 3 * np.std(gain, ddof=1) / len(gain) ** 0.5
 
 
-def test_samples_that_agree_are_nearer_to_what_was_released(network):
-    base_model, found, made = network
-    classify = Classifier.of(made.noisy_sum, made.certificate.noise_std, found)
-    test = data.digits("test")
-    assert float((classify(test.images) == test.labels).double().mean()) > 0.85
-    images, share = classifier.sample_agreeing(
-        made, found, base_model, 40, generator=torch.Generator().manual_seed(0), num_steps=6
-    )
-    labels = torch.arange(10).repeat_interleave(40)
-    said = classify(images)
-    assert images.shape == (400, 1, 16, 16) and 0.5 < share < 1 and (said == labels).double().mean() > share
-    assert len(classifier.agreeing(labels, said, 40)) == 400  # every class is full
-    counts = [5, 0, *range(1, 9)]
-    unequal, _ = classifier.sample_agreeing(
-        made, found, base_model, counts, generator=torch.Generator().manual_seed(0), num_steps=6
-    )
-    owner = torch.arange(10).repeat_interleave(torch.tensor(counts))
-    assert len(unequal) == sum(counts) and (classify(unequal) == owner).double().mean() > share
-
-
 def test_samples_are_relabelled_as_the_release_would(network):
-    base_model, found, made = network
+    found, made = network
     drawn, told, agreed = classifier.sample_relabelled(
-        made, found, base_model, 60, generator=torch.Generator().manual_seed(0), num_steps=6
+        made, found, 60, generator=torch.Generator().manual_seed(0), num_steps=6
     )
+    test = data.digits("test")
+    classify = Classifier.of(made.noisy_sum, made.certificate.noise_std, found)
+    assert float((classify(test.images) == test.labels).double().mean()) > 0.85
     assert drawn.shape == (600, 1, 16, 16) and 0.5 < agreed < 1
     assert torch.equal(told, Classifier.of(made.noisy_sum, made.certificate.noise_std, found)(drawn))
     assert float((told == torch.arange(10).repeat_interleave(60)).double().mean()) == pytest.approx(agreed)
 
 
 def test_what_cannot_be_told_apart_is_refused(network):
-    base_model, found, made = network
+    found, made = network
     asked = dict(per_class=4, generator=torch.Generator().manual_seed(0))
     alone = release(data.digits("train").images, found, epsilon=1.0, seed=0)
     with pytest.raises(InputError, match="at least two classes"):
-        classifier.sample_agreeing(alone, found, base_model, **asked)
+        classifier.sample_relabelled(alone, found, **asked)
     with pytest.raises(InputError, match="this hypernetwork's encoder"):
-        classifier.sample_relabelled(made, pretrained.load_pretrained("drawings")[1], base_model, **asked)
+        classifier.sample_relabelled(made, pretrained.load_pretrained("drawings")[1], **asked)

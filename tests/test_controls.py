@@ -172,14 +172,15 @@ def test_a_bank_must_fit_together():
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
 def test_the_controls_read_the_sum_that_the_product_releases(relation):
     """Same seed, same budget: `release` and the comparison's noisy sum agree bit for bit."""
-    from hyperdp_lib import diffusion, hypernetwork, release
+    from hyperdp_lib import diffusion, hypernetwork
+    from hyperdp_lib.auditing.pipeline import release
 
     base = diffusion.build_base_model(diffusion.BaseModelConfig(width=32, num_layers=1))
     network = hypernetwork.HyperNetwork(embedding.Encoder(embedding.EncoderConfig(dimension=K)), base)
     images, labels = private(per_class=10)
     budget = dict(epsilon=1.0, neighboring_relation=relation, seed=3)
     names = ("a", "b", "c")
-    released = release.release(images, network, private_labels=labels, class_names=names, **budget)
+    released = release(images, network, private_labels=labels, class_names=names, **budget)
     noisy_sum, noise_std = controls.noisy_class_sums(images, labels, network.encoder, num_classes=3, **budget)
     np.testing.assert_array_equal(released.noisy_sum, noisy_sum)
     assert released.certificate.noise_std == noise_std

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from hyperdp_lib import cli, data, image_files, pretrained, release, verification
+from hyperdp_lib import cli, data, image_files, pretrained, release_folder, verification
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import FeatureNetwork
 from hyperdp_lib.experiments.methods import Settings
+from hyperdp_lib.release_folder import save_release
 
 # ---- what must not happen ------------------------------------------------------------------------------------
 
@@ -184,8 +186,8 @@ def folder(tmp_path_factory):
     """A release of two classes, a feature network, and an empty folder for images; see `READ`."""
     folder = tmp_path_factory.mktemp("fuzz")
     images, labels = torch.zeros(4, 1, 16, 16), torch.arange(4) % 2
-    made = release.release(images, _NETWORK, epsilon=1.0, private_labels=labels, class_names=("a", "b"), seed=0)
-    release.save_release(folder / "release", made, BASE, num_samples=0)
+    made = release(images, _NETWORK, epsilon=1.0, private_labels=labels, class_names=("a", "b"), seed=0)
+    save_release(folder / "release", made, BASE, num_samples=0)
     shutil.copy(folder / "release" / "certificate.json", folder)
     FeatureNetwork(dimension=4).save(folder / "features.safetensors")
     (folder / "images").mkdir()
@@ -212,7 +214,7 @@ def read_npz(folder):
 def read_release(folder):
     problems = verification.verify(folder / "release")
     assert all(isinstance(one, str) for one in problems)
-    again = release.load_release(folder / "release", BASE)  # no InputError from here on
+    again = release_folder.load_release(folder / "release", BASE)  # no InputError from here on
     unchanged = again.certificate.to_json() == (folder / "certificate.json").read_text()
     assert problems or unchanged  # as after a change of spaces in the certificate
 
@@ -289,14 +291,14 @@ def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_refused(tmp_path, 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "..", "a/b", ""])
 def test_class_names_of_a_certificate_cannot_lead_out_of_the_folder(folder, name, tmp_path):
-    made = release.load_release(folder / "release", BASE)
+    made = release_folder.load_release(folder / "release", BASE)
     hostile = dataclasses.replace(made.certificate, class_names=(name, "b"))
     with pytest.raises(InputError, match="cannot be a folder name"), harmless():
-        release.save_release(tmp_path / "out" / "deep", made._replace(certificate=hostile), BASE, num_samples=0)
+        save_release(tmp_path / "out" / "deep", dataclasses.replace(made, certificate=hostile), BASE, num_samples=0)
     shutil.copytree(folder / "release", tmp_path / "copy")
     (tmp_path / "copy" / "certificate.json").write_text(hostile.to_json())
     with pytest.raises(InputError, match="cannot be a folder name"):
-        release.load_release(tmp_path / "copy", BASE)
+        release_folder.load_release(tmp_path / "copy", BASE)
 
 
 MODEL_FILES = ["manifest.json", "encoder.safetensors", "hypernetwork.safetensors", "base/config.json"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hyperdp_lib import pretrained
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.data import InputError
 from hyperdp_lib.embedding import CHUNK, Encoder, EncoderConfig, FeatureNetwork, embed
 from hyperdp_lib.hypernetwork import HyperNetwork
@@ -17,7 +18,6 @@ from hyperdp_lib.nested import (
     NestedHyperNetwork,
 )
 from hyperdp_lib.public import nested as training
-from hyperdp_lib.release import release
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_using_fewer_leaves_the_original_alone(network):
         network.using(9)
 
 
-def test_as_many_coordinates_as_noise_and_declared_size_support(network):
+def test_as_many_coordinates_as_noise_and_number_support(network):
     assert network.coordinates_for(noise_std=3.73, declared_per_class=12) == 8
     assert network.coordinates_for(noise_std=3.73, declared_per_class=6000) == 64
     assert network.coordinates_for(noise_std=0.0, declared_per_class=12) == 64

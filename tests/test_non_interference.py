@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from hyperdp_lib.auditing import checks
-from hyperdp_lib.auditing.pipeline import miniature
+from hyperdp_lib.auditing.pipeline import miniature, release
 from hyperdp_lib.baselines import controls, dp_mepf
 from hyperdp_lib.cli import main
 from hyperdp_lib.data import ImageSet, InputError, save_npz
 from hyperdp_lib.embedding import FeatureNetwork
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR
-from hyperdp_lib.refinement import RefinementConfig, refine_release
-from hyperdp_lib.release import release, save_release
+from hyperdp_lib.refinement import RefinementConfig
+from hyperdp_lib.release_folder import save_release
+from hyperdp_lib.releasing import refine_release
 from hyperdp_lib.scores import private_scores
 
 MODES = {name: (network, asked) for name, network, asked in checks.modes()}
@@ -53,7 +54,7 @@ def test_a_release_folder_is_the_same_for_all_data(mode, relation, tmp_path, cap
 @pytest.mark.parametrize("refined", [False, True])
 def test_what_is_decoded_does_depend_on_the_mechanisms_result(refined):
     """The comparison can fail, and refinement reads the released sum alone."""
-    network, base = miniature()["nested"], miniature()["base"]
+    network = miniature()["nested"]
     _, images, _ = next(checks.data_sets())
 
     def made(keep):
@@ -62,7 +63,7 @@ def test_what_is_decoded_does_depend_on_the_mechanisms_result(refined):
                 checks.mechanism.noisy_sum([], checks.GaussianSum(1, 1.0))
             found = release(images, network, epsilon=1.0)
         if refined:
-            found = refine_release(found, network, base, SHORT, generator=torch.Generator().manual_seed(0))
+            found = refine_release(found, network, SHORT, generator=torch.Generator().manual_seed(0))
         return checks.released_bytes(found)
 
     assert made(0) == made(0) != made(1)
@@ -71,7 +72,7 @@ def test_what_is_decoded_does_depend_on_the_mechanisms_result(refined):
 BAD_REQUESTS = {
     "epsilon": {"epsilon": 0.0},
     "relation": {"neighboring_relation": "swap"},
-    "declared size": {"declared_size": 0},
+    "public size": {"public_size": 0},
     "folder name": {"class_names": ("a", "b", "../c")},
 }
 
@@ -107,19 +108,19 @@ def test_an_error_about_private_data_quotes_none_of_it(spoilt):
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("looks", ["--looks 1", "--declared-size 12", "--looks 2 --declared-size 12"])
-def test_the_command_writes_the_same_for_all_data(looks, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["--method one-sum", "--public-size 12", "--method two-steps", "--method auto"])
+def test_the_command_writes_the_same_for_all_data(method, tmp_path, capsys):
     """Shipped weights, labelled images in a file; what it tells the operator on the screen is not compared."""
     folders = []
     for number, (_, images, labels) in enumerate(list(checks.data_sets())[:4]):
         source = tmp_path / f"{number}.npz"
         save_npz(source, ImageSet(images, labels, ("a", "b", "c")))
         out = tmp_path / str(number)
-        command = ["release", str(source), "--epsilon", "1", "--hypernetwork", "glyphs-nested", "--num-samples", "0"]
+        command = ["release", str(source), "--epsilon", "1", "--no-refine"]
         command.append("--yes")  # one set is all black, at which the command would stop
         with checks.held_fixed() as configs:
-            assert main([*command, *looks.split(), "--out", str(out)]) == 0
-        assert len(configs) == (2 if "--looks 2" in looks else 1)
+            assert main([*command, *method.split(), "--out", str(out)]) == 0
+        assert len(configs) == {"--method one-sum": 1, "--public-size 12": 2}.get(method, 3)
         folders.append(contents(out))
         capsys.readouterr()
     assert all(one == folders[0] for one in folders)

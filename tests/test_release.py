@@ -15,23 +15,16 @@ import torch
 
 from hyperdp_lib import data
 from hyperdp_lib.artefacts import tensors_sha256
+from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.certificate import STAMP, write_certificate
 from hyperdp_lib.data import InputError
 from hyperdp_lib.diffusion import BaseModelConfig, build_base_model, sample
 from hyperdp_lib.embedding import COUNT_COORDINATE, Encoder, EncoderConfig, embed
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.ledger import CLASS_NAMES, LedgerEntry, declaration, gaussian_charge
+from hyperdp_lib.planning import decode
 from hyperdp_lib.pretrained import load_pretrained, save_pretrained
-from hyperdp_lib.release import (
-    Release,
-    class_names_of,
-    decode,
-    load_adapters,
-    load_base,
-    load_release,
-    release,
-    save_release,
-)
+from hyperdp_lib.release_folder import Release, load_adapters, load_base, load_release, save_release
 from hyperdp_lib.verification import verify
 
 
@@ -74,11 +67,11 @@ def test_a_class_may_be_a_mixture_of_adapters(models, digits, tmp_path, names):
     rows = torch.cat([row * factor for row in sums for factor in (1.0, 1.0, 0.5, 0.25)]).view(-1, sums.shape[1])
     rows[:, 0] = rows[:, 0].clamp_min(40.0)
     mixed = hypernetwork(rows, 1.0, tuple(f"{name}/{i}" for name in names or ("",) for i in range(1, 5)))
-    folder = save_release(tmp_path / "out", single._replace(adapter=mixed), base, num_samples=6)
+    folder = save_release(tmp_path / "out", dataclasses.replace(single, adapter=mixed), base, num_samples=6)
     shares = json.loads((folder / "parts.json").read_text())
     assert list(shares.values()) == [2, 1, 1] * max(1, len(names)) and verify(folder) == []
     again = load_release(folder, base)
-    assert again.adapter.names == mixed.names and class_names_of(again.adapter) == (names or ("",))
+    assert again.adapter.names == mixed.names
     for layer, factors in mixed.factors.items():
         for ours, theirs in zip(factors, again.adapter.factors[layer], strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
@@ -266,7 +259,7 @@ def mixture(models, digits):
     shares = torch.tensor([1.0, 1.0, 0.5, 0.25] * 2)[:, None]
     rows = torch.tensor(made.noisy_sum).float().repeat_interleave(4, 0) * shares
     mixed = models[1](rows, 1.0, tuple(f"{name}/{i}" for name in "ab" for i in range(1, 5)))
-    return made._replace(adapter=mixed)
+    return dataclasses.replace(made, adapter=mixed)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +328,7 @@ def test_a_release_holds_its_base_model_and_names_no_place_outside(models, weigh
     with pytest.raises(InputError, match="base model is not the one"):
         save_release(tmp_path / "fine", released, fine)
     statement = dataclasses.replace(released.certificate, base_model_sha256=digest, hypernetwork_sha256=None)
-    folder = save_release(tmp_path / "fine", released._replace(certificate=statement), fine, num_samples=0)
+    folder = save_release(tmp_path / "fine", dataclasses.replace(released, certificate=statement), fine, num_samples=0)
     assert verify(folder) == [] and tensors_sha256(load_base(folder).state_dict()) == digest
     shutil.rmtree(folder / "base")
     with pytest.raises(InputError, match="missing or damaged"):
@@ -343,13 +336,13 @@ def test_a_release_holds_its_base_model_and_names_no_place_outside(models, weigh
 
 
 def test_every_card_says_what_was_measured(models, digits, tmp_path):
-    """Two looks are not told as one sum; what was declared public is told as that."""
-    first = gaussian_charge("a first look", 9.0, 1e-5)
+    """Two steps are not told as one sum; what was declared public is told as that."""
+    first = gaussian_charge("a first step", 9.0, 1e-5)
     named = declaration(CLASS_NAMES, "class names: 0 to 9")
     folder = save_release(tmp_path / "out", labelled(models, digits, ledger=(named, first)), models[0], num_samples=0)
     for card in ("README.md", "classes/7/README.md"):
         text = (folder / card).read_text()
-        assert "- measured: a first look\n- measured: one noisy sum of embeddings\n" in text
+        assert "- measured: a first step\n- measured: one noisy sum of embeddings\n" in text
         assert "- declared public: class names: 0 to 9\n" in text and "10 x 16 numbers" in text
 
 

@@ -30,21 +30,23 @@ FRONT_DOOR = ("cli", "__main__")  # may import everything
 # flat module or room -> why it may have parameters or fields called private_*
 MAY_HOLD_PRIVATE_DATA = {
     "mechanism": "the one place where private data becomes public",
-    "release": "passes private images to the embedding and its sums to the mechanism",
+    "measure": "the only loop over private data: private images to the embedding, vectors to the mechanism",
+    "releasing": "checks private images and hands them to `measure`",
     "preview": "tells whoever holds the private images what a release of them would do",
-    "looks": "hands private images to the embedding and its offsets to the mechanism, twice",
+    "two_steps": "maps one embedding to its offset from a public centre, for `measure`",
+    "planning": "is told the number of private images where the relation makes it public",
     "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
     "data": "reads private images from files, and changes nothing else",
     "image_files": "decodes those files for `data`",
     "data_sets": "reads the files of named data sets for `data`",
-    "baselines": "the rivals and controls, which stand where `release` stands",
+    "baselines": "the rivals and controls, which stand where `releasing` stands",
     "scores": "research metrics on private test data, labelled so, and noisy scores that are charged",
-    "experiments": "hand private sets to `release`, `baselines` and `scores`",
-    "cli": "hands a user's private images to `release` and `experiments`",
+    "experiments": "hand private sets to `releasing`, `baselines` and `scores`",
+    "cli": "hands a user's private images to `releasing` and `experiments`",
     "auditing": "attacks mechanisms with neighbouring data sets that it makes up or takes from public digits",
 }
 # Where private data is handled, a parameter must say whose it takes: none may have one of these bare names.
-BOUNDARY = ("mechanism", "release", "looks", "baselines", "scores.private_scores")
+BOUNDARY = ("mechanism", "measure", "releasing", "two_steps", "baselines", "scores.private_scores")
 BARE_NAMES = {"batch", "batches", "embeddings", "examples", "images", "labels", "num_private", "rows"}
 
 # The privacy-critical core: what each may import. Short files, no training framework, nothing to hide in.
@@ -66,7 +68,7 @@ ALLOWED_IMPORTS = {
 # Only these may call the mechanism; only it may draw noise from OpenDP.
 # theory: on synthetic tasks
 MAY_CALL_NOISY_SUM = {
-    "mechanism", "release", "looks", "baselines", "auditing", "scores.private_scores", "theory", "experiments.methods",
+    "mechanism", "measure", "baselines", "auditing", "scores.private_scores", "theory", "experiments.methods",
 }  # fmt: skip
 # What the mechanism knows before its noise: a name that nothing else but an audit may utter.
 BEFORE_THE_NOISE = {"_exact_sum", "_to_grid", "_add_discrete_gaussian"}

@@ -28,7 +28,7 @@ from hyperdp_lib.auditing.bounds import Counts
 from hyperdp_lib.auditing.pipeline import DIMENSION, Pipeline, miniature
 from hyperdp_lib.baselines.dp_sgd import PrivacyPlan, secret_generator
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR, Batch, GaussianSum
-from hyperdp_lib.releasing import Release
+from hyperdp_lib.release_folder import Release
 
 FALSE_ALARM = 1e-6
 RUNS_PER_CALL = 2048  # each a row of one release

@@ -19,7 +19,7 @@ from hyperdp_lib import embedding, mechanism, planning, releasing, two_steps
 from hyperdp_lib.auditing.pipeline import INTACT, Pipeline, miniature
 from hyperdp_lib.baselines.dp_sgd import PrivacyPlan
 from hyperdp_lib.mechanism import Batch, GaussianSum
-from hyperdp_lib.releasing import Release
+from hyperdp_lib.release_folder import Release
 
 
 def _gathered(private_batches: Iterable[Batch]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
