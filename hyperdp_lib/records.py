@@ -41,7 +41,7 @@ PROVENANCE_FILE, TRIALS_FILE = "provenance.json", "tuning.jsonl"
 SHEETS = {
     "README.md": (
         "glyphs-digits-no-lookalikes_real_epsinf_n1437_seed0.png",
-        "glyphs-digits-no-lookalikes_dp_deepsets_looks_refined_eps1_n1437_seed0.png",
+        "glyphs-digits-no-lookalikes_hyperdp_eps1_n1437_seed0.png",
         "glyphs-digits-no-lookalikes_dp_lora_eps1_n1437_seed0.png",
     ),
     "notebooks/05_private_lora_diffusion.ipynb": (

@@ -20,7 +20,7 @@ from hyperdp_lib.records import read_trials
 
 # methods whose whole private part is noisy sums of embeddings, mostly one; their records name no accountant
 _SUMS = (
-    "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined",
+    "hyperdp", "dp_deepsets", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined",
     "dp_deepsets_looks", "dp_deepsets_looks_refined", "dp_deepsets_cells", "dp_deepsets_cells_refined",
     "nearest_public", "noisy_class_means",
 )  # fmt: skip

@@ -29,6 +29,7 @@ from hyperdp_lib.pages import report, winners
 
 _PALETTE = sns.color_palette("colorblind")
 METHOD_COLOURS = {
+    "hyperdp": (0.00, 0.20, 0.40),
     "dp_deepsets": _PALETTE[0],
     "dp_deepsets_refined": (0.10, 0.25, 0.55),
     "dp_deepsets_nested": (0.00, 0.55, 0.60),
@@ -233,8 +234,8 @@ _STEPS = (
     ("dp_deepsets", False, "one sum, decoded once, no noise"),
     ("dp_deepsets_cells_refined", True, "cells, decoded in a closed loop"),
     ("dp_deepsets_cells", True, "cells, decoded once"),
-    ("dp_deepsets_looks_refined", True, "nested coordinates in two looks, decoded in a closed loop"),
-    ("dp_deepsets_looks", True, "nested coordinates in two looks, decoded once"),
+    ("dp_deepsets_looks_refined", True, "nested coordinates in two steps, decoded in a closed loop"),
+    ("dp_deepsets_looks", True, "nested coordinates in two steps, decoded once"),
     ("dp_deepsets_nested_refined", True, "nested coordinates, decoded in a closed loop"),
     ("dp_deepsets_nested", True, "nested coordinates, decoded once"),
     ("dp_deepsets_refined", True, "one sum, decoded in a closed loop"),

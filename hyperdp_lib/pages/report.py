@@ -16,12 +16,13 @@ from hyperdp_lib.pages import marks
 
 # method -> what the reader sees, in the order of every table and legend
 METHOD_LABELS = {
+    "hyperdp": "HyperDP, as planned",
     "dp_deepsets": "DP-DeepSets",
     "dp_deepsets_refined": "DP-DeepSets, refined",
     "dp_deepsets_nested": "DP-DeepSets, nested",
     "dp_deepsets_nested_refined": "DP-DeepSets, nested and refined",
-    "dp_deepsets_looks": "DP-DeepSets, two looks",
-    "dp_deepsets_looks_refined": "DP-DeepSets, two looks and refined",
+    "dp_deepsets_looks": "DP-DeepSets, two steps",
+    "dp_deepsets_looks_refined": "DP-DeepSets, two steps and refined",
     "dp_deepsets_cells": "DP-DeepSets, cells",
     "dp_deepsets_cells_refined": "DP-DeepSets, cells and refined",
     "dp_hybrid": "hybrid (sum then DP-SGD)",
@@ -77,7 +78,7 @@ RIVALS = (
 )
 # every other private method that makes images: what the chapter on rivals compares ours with
 OTHER_METHODS = (
-    "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_looks",
+    "hyperdp", "dp_deepsets_refined", "dp_deepsets_nested", "dp_deepsets_nested_refined", "dp_deepsets_looks",
     "dp_deepsets_looks_refined", "dp_deepsets_cells", "dp_deepsets_cells_refined", "dp_hybrid", "dp_lora", "dp_ldm",
     "dp_mepf", "dp_layer_search", "dp_embedding_sgd",
     "direct_conditioning",
