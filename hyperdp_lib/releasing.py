@@ -78,7 +78,7 @@ def _certify(
     plan: Plan,
     released: Sequence[NoisySum],
     spent: Sequence[LedgerEntry],
-    num_private: int,
+    private_count: int,
     seed: int | None,
     reading: Reading | None = None,
 ) -> Certificate:
@@ -94,7 +94,7 @@ def _certify(
         description=last.description,
         ledger=(*spent, *before),
         epsilon=plan.epsilon,
-        num_private=num_private,
+        num_private=private_count,
         class_names=plan.class_names,
         encoder_sha256=tensors_sha256(network.encoder.state_dict()),
         hypernetwork_sha256=tensors_sha256(network.decoder_state()),

@@ -375,14 +375,12 @@ def command(tmp_path, monkeypatch):
     failing = [None, None]
     private = ImageSet(torch.zeros(2, 1, 16, 16))
     stated = SimpleNamespace(certificate=SimpleNamespace(sentence="done", risk_sentence="Risk: none."))
-    model = SimpleNamespace(to=lambda device: None)
     monkeypatch.setattr(hyperdp_lib.data, "load_named_or_path", step("read", private))
-    stand_in = SimpleNamespace(
-        geometry=lambda name: (16, 1), load_weights=lambda name, device: model, stretches=lambda name: False
-    )
+    stand_in = SimpleNamespace(geometry=lambda name: (16, 1), stretches=lambda name: False)
     monkeypatch.setitem(vars(hyperdp_lib), "pretrained", stand_in)
     monkeypatch.setitem(vars(hyperdp_lib), "releasing", SimpleNamespace(release=step("release", stated)))
     monkeypatch.setitem(vars(hyperdp_lib), "release_folder", SimpleNamespace(save_release=step("save")))
+    monkeypatch.setattr(cli, "_planned", lambda options, class_names: None)
     monkeypatch.setattr(cli, "_preview", step("preview"))
 
     def run(*options, fail=None, error=None):

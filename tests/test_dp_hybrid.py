@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hyperdp_lib import accounting, diffusion, embedding, ledger, mechanism, release
+from hyperdp_lib import accounting, diffusion, embedding, ledger, mechanism, planning
 from hyperdp_lib.adapter import apply_adapters
 from hyperdp_lib.baselines import controls, dp_hybrid, dp_lora, dp_sgd
 from hyperdp_lib.baselines.dp_hybrid import DPHybridConfig, split_budget
@@ -116,7 +116,7 @@ def test_training_starts_at_the_decoded_adapter():
     sums, std = controls.noisy_class_sums(
         images(), LABELS, network.encoder, epsilon=trained.split.sum_epsilon, num_classes=3, seed=5
     )
-    decoded = release.decode(sums, std, network, ("a", "b", "c"))
+    decoded = planning.decode(sums, std, network, ("a", "b", "c"))
     assert torch.equal(flat(trained.start), flat(decoded))
     torch.testing.assert_close(flat(trained.adapter), flat(decoded), rtol=1e-4, atol=1e-6)
     assert trained.adapter.geometry == network.geometry and trained.adapter.lora_config.lora_alpha == 3
@@ -191,7 +191,7 @@ def test_one_example_moves_each_part_by_at_most_its_clip_norm():
     codes = [embedding.embed_batches(network.encoder, [images()[:n]]) for n in (5, 6)]
     exact = [mechanism.noisy_sum([(next(c), None)], mechanism.GaussianSum(K, 0.0), seed=0) for c in codes]
     assert 0.99 < np.linalg.norm(exact[1] - exact[0]) <= 1.0
-    start = release.decode(exact[1], 1.0, network, ("a",))
+    start = planning.decode(exact[1], 1.0, network, ("a",))
     config = dp_lora.DPLoraConfig(r=2, lora_alpha=3, target_modules=network.config.target_modules)
     moved = []
     for count in (5, 6):

@@ -31,7 +31,7 @@ from scipy import stats
 from scipy.spatial import distance
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, data, diffusion, embedding, mechanism, pretrained, release
+from hyperdp_lib import accounting, data, diffusion, embedding, mechanism, planning, pretrained
 from hyperdp_lib.adapter import Adapter, apply_adapters
 from hyperdp_lib.auditing import bounds
 from hyperdp_lib.baselines import controls, dp_lora
@@ -204,7 +204,7 @@ def _dp_deepsets(
     codes = embedding.embed(network.encoder, private_images).numpy()
     rows, members = coins.nonzero(as_tuple=True)
     noisy_sum, noise_std = noisy_sums(codes[members], rows.numpy(), len(coins), epsilon, delta)
-    adapters = release.decode(noisy_sum, noise_std, network, [str(i) for i in range(len(coins))])
+    adapters = planning.decode(noisy_sum, noise_std, network, [str(i) for i in range(len(coins))])
     for row, adapter in enumerate(adapters):
         known = coins[row].numpy() @ codes - coins[row, :, None].numpy() * codes  # the other members of each candidate
         yield adapter, ((noisy_sum[row] - known) * codes).sum(1)

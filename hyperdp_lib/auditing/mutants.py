@@ -191,7 +191,8 @@ def centre_of_the_exact_sum(private_images: Tensor, hypernetwork: Any, **asked: 
         num_rows, dimension = first_sum.shape
         rows = labels.numpy() if labels is not None and num_rows > 1 else None
         config = GaussianSum(dimension, 1.0, num_rows)
-        exact = mechanism._exact_sum(embedding.embed_rows(hypernetwork.encoder, private_images, rows), config)
+        encoder = hypernetwork.using(dimension - 1).encoder
+        exact = mechanism._exact_sum(embedding.embed_rows(encoder, private_images, rows), config)
         return intact(exact / config.grid_units, *rest, **known)
 
     with mock.patch.object(two_steps.Centring, "of", of):

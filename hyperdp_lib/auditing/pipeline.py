@@ -121,13 +121,14 @@ def release(
     method: str = "one_sum",
     ledger: Sequence[LedgerEntry] = (),
     seed: int | None = None,
+    batch_size: int = 1024,
     **budget: Any,
 ) -> releasing.Release:
     """The release of images by one hypernetwork, decoded once; ``budget`` as in `planning.plan`."""
     chosen = plan(Weights(miniature()["base"], hypernetwork), class_names=class_names, method=method,
                   refined=False, **budget)  # fmt: skip
     private = ImageSet(private_images, private_labels, class_names)
-    return releasing.release(private, chosen, ledger=ledger, seed=seed)
+    return releasing.release(private, chosen, ledger=ledger, seed=seed, batch_size=batch_size)
 
 
 INTACT = Pipeline(

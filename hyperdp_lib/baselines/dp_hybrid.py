@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import accounting, artefacts, certificate, dp_sgd_accounting, ledger, release
+from hyperdp_lib import accounting, artefacts, certificate, dp_sgd_accounting, ledger, planning
 from hyperdp_lib.adapter import Adapter, concatenate
 from hyperdp_lib.baselines import controls, dp_lora, dp_sgd, dp_training
 from hyperdp_lib.baselines.dp_embedding_sgd import sample_classes
@@ -284,7 +284,7 @@ def train_dp_hybrid(
         neighboring_relation=neighboring_relation,
         seed=0 if math.isinf(epsilon) else seed,  # where there is no noise, the mechanism wants a seed
     )
-    start = release.decode(noisy_sum, noise_std, hypernetwork, names)
+    start = planning.decode(noisy_sum, noise_std, hypernetwork, names)
     lora_config = DPLoraConfig(
         r=hypernetwork.config.r,
         lora_alpha=hypernetwork.config.lora_alpha,
