@@ -158,10 +158,11 @@ CAUGHT_BY = {
     "private mean-centring": {"sensitivity", "additivity"},
     "float noise": {"drawn by OpenDP"},
     "batch mean in the nested encoder": {"one image at a time"},
-    "one noise for both looks": {"fresh noise"},
+    "one noise for all steps": {"fresh noise"},
     "centre of the exact sum": {"non-interference"},
-    "true count for the declared": {"non-interference"},
-    "first look not charged": {"ledger"},
+    "true count for the public": {"non-interference"},
+    "true count for the noisy": {"non-interference"},
+    "only the last sum charged": {"ledger"},
     "fixed batches sold as Poisson": {"Poisson batches"},
 }
 

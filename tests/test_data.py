@@ -427,7 +427,7 @@ def test_image_set_checks_itself():
         ImageSet(images[0])
     with pytest.raises(ValueError, match="together"):
         ImageSet(images, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="3 labels"):
+    with pytest.raises(ValueError, match="one label for each image"):
         ImageSet(images, torch.zeros(3, dtype=torch.int64), ("a",))
     assert len(ImageSet(images)) == 2
 

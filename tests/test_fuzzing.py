@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from hyperdp_lib import cli, data, image_files, pretrained, release_folder, verification
+from hyperdp_lib import cli, data, image_files, pretrained, release_folder, releasing, verification
 from hyperdp_lib.auditing.pipeline import release
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.data import InputError
@@ -203,8 +203,8 @@ def read_npz(folder):
     """By the library, and by a whole command as far as the release itself."""
     asked = ["release", str(folder / "x.npz"), "--epsilon", "1", "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
-        patch.setattr(pretrained, "load_pretrained", lambda name: (BASE, _NETWORK))
-        patch.setattr(release, "release", lambda *args, **kwargs: cli._refuse("good images"))
+        patch.setattr(pretrained, "load_weights", lambda name, device: pretrained.Weights(BASE, _NETWORK))
+        patch.setattr(releasing, "release", lambda *args, **kwargs: cli._refuse("good images"))
         assert cli.main(asked) == 2
     assert all(line.startswith("hyperdp: ") for line in printed.getvalue().splitlines())
     read = data.load_images(folder / "x.npz")

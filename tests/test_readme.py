@@ -59,11 +59,12 @@ def test_papermill_parameters_exist(arguments: list[str]) -> None:
     assert set(used) <= set(known)
 
 
-def test_tldr_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tldr_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     namespace: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), namespace)
-    assert tuple(namespace["images"].shape) == (100, 1, 16, 16)  # type: ignore[attr-defined]
+    assert tuple(namespace["samples"].images.shape) == (1000, 1, 16, 16)  # type: ignore[attr-defined]
     assert "epsilon" in capsys.readouterr().out.lower()
 
 

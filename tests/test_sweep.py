@@ -57,7 +57,7 @@ def test_every_method_runs_at_its_own_budgets():
 
 def test_a_pair_has_axes_of_its_own_and_images_without_labels_fewer_methods(tmp_path):
     save_npz(tmp_path / "mine.npz", ImageSet(torch.zeros(50, 1, 16, 16)))
-    mine = {"name": "mine", "private": tmp_path / "mine.npz", "hypernetwork": "glyphs", "sizes": [32, "all", 40, 41]}
+    mine = {"name": "mine", "private": tmp_path / "mine.npz", "weights": "glyphs", "sizes": [32, "all", 40, 41]}
     cells = sweep.cells({**CONFIG, "pairs": [*CONFIG["pairs"], mine]})
     own = [cell for cell in cells if cell.record.startswith("mine_")]
     assert set(re.findall(r"_n(\d+)_", " ".join(cell.record for cell in own))) == {"32", "40"}  # a fifth is held out

@@ -34,6 +34,7 @@ MAY_HOLD_PRIVATE_DATA = {
     "releasing": "checks private images and hands them to `measure`",
     "preview": "tells whoever holds the private images what a release of them would do",
     "two_steps": "maps one embedding to its offset from a public centre, for `measure`",
+    "planning": "says which sums are taken; knows the number of private images where the relation makes it public",
     "embedding": "one private image at a time -> one vector; its result goes to the mechanism only",
     "data": "reads private images from files, and changes nothing else",
     "image_files": "decodes those files for `data`",

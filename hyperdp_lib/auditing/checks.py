@@ -341,7 +341,11 @@ def modes() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "two steps a class, a centre each", networks["plain"], {"public_size": 1000, **two, **classes}
     yield "a count and two steps", networks["plain"], two
     yield "a count and two steps a class", networks["nested"], {**two, **classes}
-    yield "a count, and what it decides", networks["nested"], {"method": "auto", **classes}
+    for size in (None, 1000):  # the second is large enough for cells, unless the first step finds images of one kind
+        for told, names in (("", {}), (" a class", classes)):
+            how = "a count" if size is None else "a public size"
+            yield f"{how}, and what follows{told}", networks["nested"], {"public_size": size, "method": "auto", **names}
+    yield "cells for a public size", networks["nested"], {"public_size": 1000, "method": "cells"}
 
 
 def data_sets() -> Iterator[tuple[str, Tensor, Tensor]]:

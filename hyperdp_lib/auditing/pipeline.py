@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperdp_lib import accounting, diffusion, embedding, mechanism, releasing
+from hyperdp_lib import accounting, cells, diffusion, embedding, mechanism, releasing
 from hyperdp_lib.baselines import dp_sgd
 from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet
@@ -81,7 +81,7 @@ class Pipeline:
 def miniature() -> Mapping[str, Any]:
     """Public networks for images (N, 1, 16, 16), tiny and untrained: plain, with nested coordinates, and with cells.
 
-    The first two have a prior, which two steps need; the adapters of all depend on what they read.
+    The first two have priors, which two steps need, and the second cells; the adapters of all depend on what they read.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -95,11 +95,14 @@ def miniature() -> Mapping[str, Any]:
         many = NestedHyperNetwork(NestedEncoder(plain.encoder, features, *axes), base_model, config).using(8)
         many.table = {0.3: {8: 0.1, 64: 0.2}, 0.003: {8: 0.2, 64: 0.1}}
         centroids = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
-        for network in (plain, many):
+        many.centroids = {
+            f"{k}x{count}": torch.nn.functional.normalize(torch.randn(count, k), dim=1)
+            for k in many.table[0.3] for count in cells.NUMBERS[1:]
+        }  # fmt: skip
+        for network, sizes in ((plain, (DIMENSION - 1,)), (many, many.table[0.3])):
             torch.nn.init.normal_(network.head_b.weight, std=0.1)
-            prior = Prior.fit(network.encoder, tasks)
-            k = network.encoder.config.dimension - 1
-            network.priors = {f"{k}.{part}": value.float() for part, value in vars(prior).items()}
+            priors = {k: Prior.fit(network.using(k).encoder, tasks) for k in sizes}
+            network.priors = {f"{k}.{part}": v.float() for k in sizes for part, v in vars(priors[k]).items()}
             network.requires_grad_(False).eval()
     return {"plain": plain, "nested": many, "cells": CellHyperNetwork(many, centroids).eval(), "base": base_model}
 

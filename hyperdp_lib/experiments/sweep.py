@@ -35,14 +35,14 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
     Parameters
     ----------
     config : mapping
-        ``pairs``, each with ``name``, ``private`` and ``hypernetwork``; and the axes ``methods``, ``epsilons``,
+        ``pairs``, each with ``name``, ``private`` and ``weights``; and the axes ``methods``, ``epsilons``,
         ``sizes`` and ``seeds``, which a pair may have for itself. A size is a number of private training images or
         ``"all"``; those larger than the data set are left out. Optional: ``options``, a list of further ones of
         ``hyperdp compare``.
 
     Examples
     --------
-    >>> pair = {"name": "glyphs-digits", "private": "digits", "hypernetwork": "glyphs"}
+    >>> pair = {"name": "glyphs-digits", "private": "digits", "weights": "glyphs"}
     >>> axes = {"methods": ["dp_deepsets", "real"], "epsilons": [1, "inf"], "sizes": [32, 8192, "all"], "seeds": [2]}
     >>> [cell.record for cell in cells({"pairs": [pair], **axes})][:2]
     ['glyphs-digits_dp_deepsets_eps1_n32_seed2.json', 'glyphs-digits_dp_deepsets_epsinf_n32_seed2.json']
@@ -70,7 +70,7 @@ def summary(asked: Iterable[Cell], out: str | Path) -> str:
 
 
 def _cells_of_pair(config: Mapping[str, Any]) -> list[Cell]:
-    name, private, hypernetwork = (str(_required(config, key)) for key in ("name", "private", "hypernetwork"))
+    name, private, weights = (str(_required(config, key)) for key in ("name", "private", "weights"))
     epsilons = _axis(config, "epsilons", float)
     train, _, _ = comparison.private_sets(private)
     grid = comparison.grid(
@@ -78,10 +78,10 @@ def _cells_of_pair(config: Mapping[str, Any]) -> list[Cell]:
         [*epsilons, 0.0],  # the budget of the control that reads no private image: it belongs to every sweep
         exact=True,
         labelled=train.labels is not None,
-        weights=comparison.weights_name(hypernetwork),
+        weights=comparison.weights_name(weights),
     )
     sizes = {len(train) if size == "all" else size for size in _axis(config, "sizes", _size)}
-    shared = ("--private", private, "--hypernetwork", hypernetwork, "--pair", name, "--exact")
+    shared = ("--private", private, "--weights", weights, "--pair", name, "--exact")
     options = _axis({"options": (), **config}, "options", str)
     made = []
     for seed in _axis(config, "seeds", int):

@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hyperdp_lib.experiments.tuning", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json and the trials")
     parser.add_argument("--methods", nargs="+", default=list(TUNED), choices=TUNED, help="default: all")
-    parser.add_argument("--hypernetwork", default="glyphs", help="default: glyphs")
+    parser.add_argument("--weights", default="glyphs", help="default: glyphs")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 10.0], help="budgets; default: 1 10")
     parser.add_argument("--num-private", type=int, default=1440, help="declared size; default: 1440")
     parser.add_argument("--num-classes", type=int, default=10, help="default: 10")
@@ -284,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     records.require_commit(options.out)
-    tasks = held_out_tasks(options.hypernetwork)
-    bench = public_bench(options.hypernetwork, device=options.device)
+    tasks = held_out_tasks(options.weights)
+    bench = public_bench(options.weights, device=options.device)
     shown = bench.settings.num_images
     start = dataclasses.replace(bench.settings, num_images=options.num_images)
     rehearsal: dict[str, Any] = dict(

@@ -247,7 +247,7 @@ Encoder of nested coordinates and the hypernetwork that reads the first 8, 16, 3
 - **Licence.** {told["public_data"]["licence"]}.
 - **Command.** `{told["command"]}`: {loop.step} steps, {loop.seconds / 60:.0f} minutes of one
   shared core for the hypernetwork.
-- **Use.** `hyperdp release IMAGES --hypernetwork glyphs-nested --declared-size N ...`. Half precision.
+- **Use.** `hyperdp release IMAGES --weights glyphs ...`. Half precision.
 
 Denoising loss on held-out public tasks, by noise on the mean and number of coordinates; the smallest of a row decides:
 

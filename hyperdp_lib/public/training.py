@@ -239,7 +239,7 @@ Base denoiser (diffusers `DiTTransformer2DModel`), encoder, hypernetwork and fea
 - **Data.** {manifest["public_data"]["text"]}
 - **Licence.** {manifest["public_data"].get("licence", "that of your public images; the source states none")}.
 - **Made.** {made} (seed {manifest["preset"]["seed"]}, {minutes:.0f} minutes of stages, {manifest["device"]}).
-- **Use.** `hyperdp release IMAGES --hypernetwork FOLDER ...`, this folder; {pixels}.
+- **Use.** `hyperdp release IMAGES --weights FOLDER ...`, this folder; {pixels}.
 - **Limits.** {limits}. Half precision.
 
 | stage | steps | time | images/s | last log line |
