@@ -29,6 +29,7 @@ LABELS = {"hyperdp": "HyperDP", "dp_deepsets_looks_refined": "HyperDP (two steps
 ROWS = {
     "the paper's one sum": (PLAIN, 1.0),
     "DP-SGD LoRA": ("dp_lora", 1.0),
+    "DP-LDM": ("dp_ldm", 1.0),
     "DP-MEPF": ("dp_mepf", 1.0),
     "nearest public data": ("nearest_public", 1.0),
     "LoRA, *not private*": ("lora_non_private", math.inf),
