@@ -59,14 +59,14 @@ class Setting:
 SETTINGS = (
     Setting("glyphs", "dp_deepsets", 1, 128, 720),
     Setting("glyphs", "dp_deepsets", 10, 1437, 252),
-    Setting("glyphs", "dp_deepsets_nested", 1, 128, 180),
+    Setting("glyphs", "hyperdp", 1, 128, 180),
 )
 # as the records of the book: what private data sets of these sizes are held against
 FORECASTS = (
     Setting("glyphs", "dp_deepsets", 10, 1437, 9),
     Setting("glyphs", "dp_deepsets", 10, 128, 9),
     Setting("glyphs", "dp_deepsets", 1, 128, 9),
-    Setting("glyphs", "dp_deepsets_nested", 1, 128, 9),
+    Setting("glyphs", "hyperdp", 1, 128, 9),
     Setting("drawings", "dp_deepsets", 1, 128, 9),
 )
 

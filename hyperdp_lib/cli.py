@@ -938,7 +938,7 @@ def _parser() -> Parser:
     add("--delta", type=float, default=1e-5, help="default: 1e-5")
     add("--neighboring-relation", choices=NEIGHBORING_RELATIONS, default=NEIGHBORING_RELATIONS[0])
     add("--classes", type=int, default=1, help="classes that share the images; default: 1, unlabelled")
-    add("--method", default="dp_deepsets", help="default: dp_deepsets")
+    add("--method", default="hyperdp", help="default: hyperdp, which is what release does")
     add("--coverage", type=float, default=0.8, help="of the intervals; default: 0.8")
     add("--rehearsals", type=int, help="default: as few as the coverage needs, 9 for 0.8")
     add("--num-images", type=int, default=400, help="samples scored in each rehearsal; default: 400")

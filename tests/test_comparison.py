@@ -28,17 +28,13 @@ from hyperdp_lib.experiments.methods import METHODS, Bench, Settings
 from hyperdp_lib.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdp_lib.nested import NestedEncoder, NestedHyperNetwork
 from hyperdp_lib.prior import Prior
-from hyperdp_lib.refinement import RefinementConfig
 
 QUICK = DPLoraConfig(r=1, num_steps=2)
-REFINEMENT = RefinementConfig(num_rounds=2, images_per_class=4, sampling_steps=2)
 SETTINGS = Settings(
     num_images=40, sampling_steps=2, num_nearest=2, bank_tasks=70, bank_images=8,
     configs={
         "dp_lora": {1.0: QUICK},
         "lora_non_private": {math.inf: QUICK},
-        "dp_deepsets_refined": {1.0: REFINEMENT},
-        "dp_deepsets_nested_refined": {1.0: REFINEMENT},
         "dp_ldm": {1.0: DPLdmConfig(num_steps=2)},
         "dp_mepf": {1.0: DPMepfConfig(num_steps=2, images_per_class=2)},
         "dp_embedding_sgd": {1.0: EmbeddingSGDConfig(num_steps=2, noise_draws=1)},
@@ -46,9 +42,7 @@ SETTINGS = Settings(
         "dp_layer_search": {1.0: LayerSearchConfig(candidates=("attention",), num_steps=2, r=1, mean_trials=1.5)},
     },
 )  # fmt: skip
-NOISY_SUM = (
-    "dp_deepsets", "dp_deepsets_refined", "nearest_public", "noisy_class_means", "direct_conditioning",
-)  # fmt: skip
+NOISY_SUM = ("dp_deepsets", "nearest_public", "noisy_class_means", "direct_conditioning")
 
 
 class Tasks:
@@ -91,7 +85,7 @@ def public_models(models):
     made = {
         "dp_ldm": (autoencoder.eval(), denoiser.eval(), 1.0),
         "direct_conditioning": (network, ConditionedDenoiser(base, 16).eval()),
-        "dp_deepsets_nested": (nested_network(base, network),),
+        "hyperdp": (nested_network(base, network),),
     }
     shipped = methods.public_models_source(base, network, lambda: torch.zeros(2, 1, 16, 16))
     return lambda method: made[method] if method in made else shipped(method)
@@ -125,12 +119,9 @@ def test_what_needs_nested_coordinates_takes_those_of_the_hypernetwork_itself(mo
     base, network, _ = models
     nested = nested_network(base, network)
     found = methods.public_models_source(base, nested, lambda: torch.zeros(2, 1, 16, 16))
-    assert found("dp_deepsets_nested") == (nested,)
-    for name in ("dp_deepsets_cells", "dp_deepsets_looks"):
-        assert METHODS[name].available("drawings") and METHODS[name].available("glyphs")
-        assert not METHODS[name].available("glyphs-conditioned")
-    for name in ("dp_deepsets_nested", "dp_deepsets_nested_refined"):  # of these weights, the plain ones again
-        assert METHODS[name].available("glyphs") and not METHODS[name].available("drawings")
+    assert found("hyperdp") == (nested,)
+    ours = METHODS["hyperdp"]
+    assert ours.available("drawings") and ours.available("glyphs") and not ours.available("glyphs-conditioned")
     assert not METHODS["direct_conditioning"].available("drawings")
 
 
@@ -149,13 +140,14 @@ def test_all_methods_make_records_that_say_what_they_are(models, private, tmp_pa
         if method != "noisy_class_means":
             assert record.scores["frechet_distance"] >= 0 and record.scores["features"] == "glyphnet"
         # what the certificate says belongs to the record; that of one noisy sum follows from its fields
-        if METHODS[method].default is not None and not method.startswith("dp_deepsets"):
+        if METHODS[method].default is not None:
             private_run = METHODS[method].private and epsilon is not None
             assert ("NOT PRIVATE" in record.settings["certificate"]) and record.settings["ledger"]
             assert (record.num_releases > 0) or not private_run
     ours, rival = made["dp_deepsets", 1.0], made["dp_lora", 1.0]
     assert (ours.num_releases, ours.noise_dimension, ours.trained_parameters) == (1, 32, 0)
-    assert made["dp_deepsets_nested", 1.0].noise_dimension == 2 * 17  # two classes, sixteen coordinates and a count
+    planned = made["hyperdp", 1.0]  # two classes, sixteen coordinates and a count; a count besides, and two steps
+    assert planned.noise_dimension == 2 * 17 and planned.num_releases == 3
     assert rival.num_releases == 2 and rival.trained_parameters == 2 * rival.noise_dimension
     assert made["dp_embedding_sgd", 1.0].noise_dimension < rival.noise_dimension
     assert made["public_only", 0.0].num_releases == 0
@@ -309,7 +301,7 @@ def test_several_processes_make_the_same_records(models, private, tmp_path):
 def test_all_are_the_methods_whose_public_models_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "WEIGHTS", tmp_path)
     without = {name for name, method in METHODS.items() if method.weights is None}
-    assert set(METHODS) - without >= {"dp_ldm", "direct_conditioning", "dp_deepsets_nested"}
+    assert set(METHODS) - without >= {"dp_ldm", "direct_conditioning", "hyperdp"}
     assert set(comparison._method_names(["all"])) == without
     (tmp_path / "glyphs-latent").mkdir()
     (tmp_path / "glyphs-latent" / "manifest.json").write_text("{}")

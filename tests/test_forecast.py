@@ -45,7 +45,8 @@ def lottery(monkeypatch):
         score = float(np.random.default_rng(seed).lognormal())
         return Outcome(None, None, {}, scores={"frechet_distance": score, "accuracy": 0.5})
 
-    monkeypatch.setitem(methods.METHODS, "dp_deepsets", methods.Method(run))
+    for name in ("hyperdp", "dp_deepsets"):
+        monkeypatch.setitem(methods.METHODS, name, methods.Method(run))
     return seen
 
 

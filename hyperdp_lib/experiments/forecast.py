@@ -125,7 +125,7 @@ def forecast(
     epsilon: float,
     *,
     num_classes: int = 1,
-    method: str = "dp_deepsets",
+    method: str = "hyperdp",
     coverage: float = 0.8,
     rehearsals: int | None = None,
     num_images: int = 400,
@@ -144,7 +144,7 @@ def forecast(
     num_private, num_classes : int
         Declared, public: images in all, and classes they are shared by.
     epsilon, delta, neighboring_relation
-        The budget, as in `hyperdp_lib.release.release`.
+        The budget, as in `hyperdp_lib.planning.plan`.
     method : str
         A method of `methods.METHODS`.
     coverage : float

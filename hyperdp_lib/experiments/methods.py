@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperdp_lib import diffusion, embedding, planning, refinement, strict_json
+from hyperdp_lib import diffusion, embedding, planning, strict_json
 from hyperdp_lib.baselines import (
     controls,
     direct_conditioning,
@@ -39,16 +39,12 @@ from hyperdp_lib.baselines.dp_ldm import DPLdmConfig
 from hyperdp_lib.baselines.dp_lora import DPLoraConfig
 from hyperdp_lib.baselines.dp_mepf import DPMepfConfig
 from hyperdp_lib.baselines.layer_choice import LayerSearchConfig
-from hyperdp_lib.cells import CellHyperNetwork
 from hyperdp_lib.data import ImageSet, InputError
 from hyperdp_lib.hypernetwork import HyperNetwork
-from hyperdp_lib.measure import measure
 from hyperdp_lib.nested import NestedHyperNetwork
 from hyperdp_lib.pretrained import CELLS_FILE, WEIGHTS, Weights, load_pretrained
-from hyperdp_lib.refinement import RefinementConfig
 from hyperdp_lib.releasing import release
 from hyperdp_lib.scores import evaluation
-from hyperdp_lib.two_steps import TYPICAL, Size, two_steps
 
 
 @dataclass(frozen=True)
@@ -179,8 +175,10 @@ class Bench:
         return self.settings.num_images - self.settings.num_images % len(self.class_names)
 
     def fitted(self, epsilon: float) -> Bench:
-        """The bench with as many coordinates as the declared size and the noise support, if there is a choice."""
-        return dataclasses.replace(self, hypernetwork=self.hypernetwork.fitting(*_declared(self, epsilon)))
+        """The bench with as many coordinates as the number of images and the noise support, if there is a choice."""
+        noise_std = controls.noise_std(epsilon, self.delta, self.neighboring_relation)
+        each = len(self.private_train) / len(self.class_names)
+        return dataclasses.replace(self, hypernetwork=self.hypernetwork.fitting(noise_std, each))
 
     def noisy_sum(self, epsilon: float, seed: int, encoder: Any = None) -> tuple[np.ndarray, float]:
         """The noisy sum of this budget and seed; asked again, the same. Default: of the hypernetwork's encoder."""
@@ -232,50 +230,21 @@ _NO_SCORES = {"frechet_distance": None, "features": None, "precision": None, "re
 
 
 def dp_deepsets(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Ours: noisy sum, hypernetwork, adapters, samples."""
-    return _ours(bench, epsilon, seed, bench.hypernetwork)
-
-
-def dp_deepsets_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Ours, decoded in a closed loop: the same noisy sum, hence the same price."""
-    return _ours(bench, epsilon, seed, bench.hypernetwork, bench.settings.config("dp_deepsets_refined", epsilon))
-
-
-def dp_deepsets_nested(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Ours, with as many nested coordinates as the declared size and the noise support."""
-    return _ours(bench, epsilon, seed, _fitting(bench, epsilon))
-
-
-def dp_deepsets_nested_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, decoded in a closed loop."""
-    config = bench.settings.config("dp_deepsets_nested_refined", epsilon)
-    return _ours(bench, epsilon, seed, _fitting(bench, epsilon), config)
-
-
-def dp_deepsets_cells(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, and as many cells as the declared size and the noise support."""
-    return _ours(bench, epsilon, seed, _with_cells(bench, epsilon))
-
-
-def dp_deepsets_cells_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Cells, each decoded in a closed loop."""
-    config = bench.settings.config("dp_deepsets_nested_refined", epsilon)
-    return _ours(bench, epsilon, seed, _with_cells(bench, epsilon), config)
-
-
-def dp_deepsets_looks(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Nested coordinates, measured in two steps."""
-    return _looks(bench, epsilon, seed)
-
-
-def dp_deepsets_looks_refined(bench: Bench, epsilon: float, seed: int) -> Outcome:
-    """Two steps, decoded in a closed loop."""
-    return _looks(bench, epsilon, seed, bench.settings.config("dp_deepsets_nested_refined", epsilon))
+    """The paper's method: one noisy sum, decoded once."""
+    started = time.perf_counter()
+    noisy_sum, noise_std = bench.noisy_sum(epsilon, seed)
+    with torch.no_grad():
+        sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
+        adapter = bench.hypernetwork(sums, noise_std)
+    released = time.perf_counter()
+    images, labels = bench.sample(adapter, seed)
+    seconds = {"release": released - started, "sample": time.perf_counter() - released}
+    return Outcome(images, labels, seconds, 0, noisy_sum.size, 1)
 
 
 def hyperdp(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """Ours as a user gets it: `plan` decides by itself, the number of images is bought, decoding is refined."""
-    (network,) = bench.public_models("dp_deepsets_nested")
+    (network,) = bench.public_models("hyperdp")
     budget: dict[str, Any] = {"epsilon": epsilon} if epsilon < math.inf else {"noise_multiplier": 0.0}
     chosen = planning.plan(
         Weights(bench.base_model, network),
@@ -298,79 +267,6 @@ def hyperdp(bench: Bench, epsilon: float, seed: int) -> Outcome:
         len(ledger),
         {"ledger": ledger, "post_processing": list(released.certificate.post_processing)},
     )
-
-
-def _looks(bench: Bench, epsilon: float, seed: int, refining: RefinementConfig | None = None) -> Outcome:
-    (network,) = bench.public_models("dp_deepsets_nested")
-    noise_std, each = _declared(bench, epsilon)
-    network = network.fitting(TYPICAL * noise_std, each)
-    labels = bench.private_train.labels
-
-    def read() -> tuple[np.ndarray, float]:
-        course = two_steps(
-            network,
-            noise_multiplier=controls.gaussian_sum(epsilon, 1, 1, bench.delta).noise_multiplier,
-            num_rows=len(bench.class_names),
-            size=Size.about(len(bench.private_train)),
-            neighboring_relation=bench.neighboring_relation,
-        )
-        rows = None if labels is None else labels.cpu().numpy().astype(np.int64)
-        return measure(bench.private_train.images, rows, course, seed=seed)[1]
-
-    made = _ours(bench, epsilon, seed, network, refining, read)
-    return dataclasses.replace(made, num_releases=2)
-
-
-def _fitting(bench: Bench, epsilon: float) -> Any:
-    """The nested hypernetwork for the declared size of a class and the noise of this budget."""
-    (network,) = bench.public_models("dp_deepsets_nested")
-    return network.fitting(*_declared(bench, epsilon))
-
-
-def _with_cells(bench: Bench, epsilon: float) -> CellHyperNetwork:
-    (network,) = bench.public_models("dp_deepsets_nested")
-    labelled = bench.private_train.labels is not None
-    classes = len(bench.class_names)
-    return CellHyperNetwork.fitting(network, *_declared(bench, epsilon), labelled=labelled, num_classes=classes)
-
-
-def _declared(bench: Bench, epsilon: float) -> tuple[float, float]:
-    """Noise on a sum, and the size of a class, which a comparison takes as declared: both public."""
-    noise_std = controls.noise_std(epsilon, bench.delta, bench.neighboring_relation)
-    return noise_std, len(bench.private_train) / len(bench.class_names)
-
-
-def _ours(
-    bench: Bench,
-    epsilon: float,
-    seed: int,
-    hypernetwork: Any,
-    refining: RefinementConfig | None = None,
-    read: Callable[[], tuple[np.ndarray, float]] | None = None,
-) -> Outcome:
-    """One noisy sum (or what ``read`` gives), decoded once, or in a closed loop."""
-    started = time.perf_counter()
-    noisy_sum, noise_std = read() if read else bench.noisy_sum(epsilon, seed, hypernetwork.encoder)
-    if refining is None:
-        with torch.no_grad():
-            sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
-            adapter = hypernetwork(sums, noise_std)
-    else:
-        adapter = refinement.refine(
-            noisy_sum,
-            noise_std,
-            hypernetwork,
-            bench.base_model,
-            refining,
-            class_names=bench.class_names,
-            generator=generator_for(seed),
-            progress=bench.progress,
-        )
-    released = time.perf_counter()
-    images, labels = bench.sample(adapter, seed)
-    seconds = {"release": released - started, "sample": time.perf_counter() - released}
-    chosen = plain_config(refining) if refining else {}
-    return Outcome(images, labels, seconds, 0, noisy_sum.size, 1, chosen)
 
 
 def public_only(bench: Bench, epsilon: float, seed: int) -> Outcome:
@@ -486,8 +382,8 @@ class Method:
 
     ``default`` is its configuration before any tuning, None if it has none. ``weights`` is what stands behind the
     hypernetwork's name in that of the folder of public models that it needs besides: ``nested`` for ``glyphs-nested``,
-    unless the hypernetwork itself is of that kind; ``plain_only``: then `dp_deepsets`, or it refined, is the same.
-    ``needs_labels``: it cannot do without. ``needs_public``: nor without the public data that trained the weights.
+    unless the hypernetwork itself is of that kind.  ``needs_labels``: it cannot do without.  ``needs_public``: nor
+    without the public data that trained the weights.
     """
 
     run: Callable[[Bench, float, int], Outcome]
@@ -495,7 +391,6 @@ class Method:
     also: tuple[float, ...] = ()
     default: Any = None
     weights: str | None = None
-    plain_only: bool = False
     needs_labels: bool = False
     needs_public: bool = False
 
@@ -505,7 +400,7 @@ class Method:
         Models are made by ``python -m hyperdp_lib.baselines.<module>``.
         """
         if self.weights == "nested" and (WEIGHTS / hypernetwork / CELLS_FILE).is_file():
-            return not self.plain_only
+            return True
         return self.weights is None or (WEIGHTS / f"{hypernetwork}-{self.weights}" / "manifest.json").is_file()
 
 
@@ -515,15 +410,6 @@ _LORA_NON_PRIVATE = DPLoraConfig(
 METHODS: Mapping[str, Method] = {
     "hyperdp": Method(hyperdp, also=(math.inf,), weights="nested"),
     "dp_deepsets": Method(dp_deepsets, also=(math.inf,)),
-    "dp_deepsets_refined": Method(dp_deepsets_refined, also=(math.inf,), default=RefinementConfig()),
-    "dp_deepsets_nested": Method(dp_deepsets_nested, also=(math.inf,), weights="nested", plain_only=True),
-    "dp_deepsets_nested_refined": Method(
-        dp_deepsets_nested_refined, also=(math.inf,), default=RefinementConfig(), weights="nested", plain_only=True
-    ),
-    "dp_deepsets_looks": Method(dp_deepsets_looks, also=(math.inf,), weights="nested"),
-    "dp_deepsets_looks_refined": Method(dp_deepsets_looks_refined, also=(math.inf,), weights="nested"),
-    "dp_deepsets_cells": Method(dp_deepsets_cells, also=(math.inf,), weights="nested"),
-    "dp_deepsets_cells_refined": Method(dp_deepsets_cells_refined, also=(math.inf,), weights="nested"),
     "dp_lora": Method(rival("dp_lora", dp_lora.train_dp_lora), default=DPLoraConfig()),
     "dp_ldm": Method(
         rival("dp_ldm", dp_ldm.train_dp_ldm), also=(math.inf,), default=DPLdmConfig(), weights="latent"
@@ -582,10 +468,9 @@ def public_models_source(
             return (dp_mepf.PerceptualFeatures(extractor, public_images=public_images()).to(device),)
         if method == "direct_conditioning":
             return hypernetwork, direct_conditioning.load_direct_conditioning(f"{name}-conditioned", device)
-        if method == "dp_deepsets_nested" and isinstance(hypernetwork, NestedHyperNetwork):
-            return (hypernetwork,)
-        if method == "dp_deepsets_nested":
-            return (load_pretrained(f"{name}-nested", device)[1],)
+        if method == "hyperdp":
+            nested = isinstance(hypernetwork, NestedHyperNetwork)
+            return (hypernetwork if nested else load_pretrained(f"{name}-nested", device)[1],)
         raise InputError(f"{method!r} has no public models.")
 
     return models

@@ -51,15 +51,9 @@ def dressed_as_private(
     return part(drawn[:, :per_class]), part(drawn[:, per_class:])
 
 
-REFINEMENT: Mapping[str, tuple[Any, ...]] = {
-    "num_rounds": (6, 12, 24), "step_size": (0.2, 0.4, 0.7), "images_per_class": (30, 60, 120),
-    "sampling_steps": (5, 10), "gain": (1.0, 2.0, math.inf),
-}  # fmt: skip
 # What the random search draws from, besides the configuration in use. ``batch_share`` is the expected batch size over
 # the declared number of images that a trainee sees (1: full batches).
 SEARCH: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "dp_deepsets_refined": REFINEMENT,
-    "dp_deepsets_nested_refined": REFINEMENT,
     "dp_lora": {
         "mode": ("per_class", "shared"), "r": (1, 4, 8),
         "target_modules": (dp_lora.ATTENTION, dp_lora.ALL_BLOCK_LAYERS),
