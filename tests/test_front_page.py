@@ -122,3 +122,15 @@ def test_everything_is_written_or_nothing(root: Path, capsys: pytest.CaptureFixt
     missing, markers = capsys.readouterr().err.splitlines()
     assert "publish the records" in missing and "put the two markers" in markers
     assert before[root / front_page.PAGE] == (root / front_page.PAGE).stat()
+
+
+def test_the_headline_names_ours_the_best_rival_and_the_end_without_privacy(tmp_path: Path) -> None:
+    pair = next(iter(report.GLYPH_SETS))
+    for method, epsilon, distances in (
+        ("hyperdp", 1.0, (50.0, 52.0)), ("dp_lora", 1.0, (90.0, 92.0)), ("dp_mepf", 1.0, (80.0, 82.0)),
+        ("dp_mepf", 10.0, (1.0, 1.0)), ("nearest_public", 1.0, (2.0, 2.0)), ("lora_non_private", math.inf, (8.0, 9.0)),
+    ):  # fmt: skip
+        save(tmp_path, method, epsilon, distances, pair=pair, size=report.FEW)
+    told = front_page.headline(load_records(tmp_path))
+    assert told.startswith("**HyperDP 51.0 ± 1.4; the best rival, DP-MEPF 81.0 ± 1.4; LoRA, *not private* 8.5 ± 0.7.**")
+    assert "128 unlabelled images of one digit, ε = 1" in told

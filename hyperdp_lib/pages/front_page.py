@@ -34,6 +34,7 @@ ROWS = {
     "nearest public data": ("nearest_public", 1.0),
     "LoRA, *not private*": ("lora_non_private", math.inf),
 }
+RIVALS = ("dp_lora", "dp_ldm", "dp_mepf")
 _DISTANCE, _ACCURACY = "frechet_distance", "accuracy"
 _LABELLED = 1437
 # heading, pair, number of private images, score
@@ -97,6 +98,29 @@ def table(scores: pd.DataFrame) -> str:
         lines.append(f"| {' | '.join([name or f'**{LABELS[label]}**', *shown])} |")
     foot = "".join(f" \\* {LABELS[method]}." for method in others)
     return "\n".join([f"{marks.note(LABELS[label])}{foot}", "", *lines])
+
+
+def headline(scores: pd.DataFrame) -> str:
+    """One sentence: our distance on a small unlabelled set at ε = 1, the best rival's, and that without privacy.
+
+    ``scores`` are from `records.load_records`; the set is the first of `report.GLYPH_SETS`.
+    """
+    pair, name = next(iter(report.GLYPH_SETS.items()))
+    place = report.select(scores, pair, num_private=report.FEW)
+    ours = LABELS[_first_on_record(place, _DISTANCE)], _first_on_record(place, _DISTANCE)
+
+    def told(label: str, method: str, epsilon: float) -> str:
+        return f"{label} {report.value(report.select(place, pair, method=method, epsilon=epsilon), _DISTANCE)}"
+
+    rivals = {label: one for label, one in ROWS.items() if one[0] in RIVALS}
+    at_one = place[place["epsilon"] == 1.0].groupby("method")["scores.frechet_distance"].mean()
+    best = min(rivals, key=lambda label: at_one.get(rivals[label][0], math.inf))
+    free = next(label for label, (method, _) in ROWS.items() if method == "lora_non_private")
+    return (
+        f"**{told(*ours, 1.0)}; the best rival, {told(best, *rivals[best])}; {told(free, *ROWS[free])}.** Fréchet "
+        f"distance (lower is better; not FID) on {report.FEW} unlabelled images of {name}, ε = 1, δ = 1e-5, "
+        "add-or-remove-one, mean ± standard deviation over seeds."
+    )
 
 
 def _first_on_record(place: pd.DataFrame, score: str) -> str:
