@@ -8,7 +8,7 @@ import torch
 
 from hyperdp_lib import classifier, data, diffusion, embedding
 from hyperdp_lib.baselines import controls
-from hyperdp_lib.experiments import comparison, methods
+from hyperdp_lib.experiments import comparison
 from hyperdp_lib.pretrained import features_file, load_pretrained
 from hyperdp_lib.two_steps import TwoStepsConfig
 
@@ -69,21 +69,3 @@ def test_two_steps_measure_what_one_sum_does(load_benchmark, few, labelled):
 def test_a_release_and_its_parts_are_timed(load_benchmark, few):
     seconds = load_benchmark("release_speed").time_release(few, *load_pretrained("glyphs"), epsilon=1.0, repetitions=1)
     assert set(seconds) == {"release", "embedding", "noisy_sum", "decoding"} and min(seconds.values()) > 0
-
-
-def test_levers_find_no_difference_between_weights_and_themselves(load_benchmark, monkeypatch, tmp_path):
-    levers = load_benchmark("levers")
-    settings = tmp_path / "settings.json"
-    settings.write_text(methods.Settings(num_images=128, sampling_steps=2).to_json())
-    monkeypatch.setattr(comparison, "SETTINGS_FILE", str(settings))
-    monkeypatch.setattr(levers, "WEIGHTS", {"glyphs": ("glyphs", "glyphs-nested")})  # the former reads the latter
-    options = ("digits/3", 30, (levers.ONCE,), tmp_path, 2)
-    (first,), (second,) = (levers.measure("glyphs", training, *options) for training in (0, 1))
-    assert second.pop("training") == 1 and first.pop("training") == 0
-    assert len(first["frechet_distance"]) == 2 and "accuracy" not in first
-    for row in (first, second):
-        assert row.pop("seconds") > 0
-    assert first == second
-    made = sorted(tmp_path.rglob("*.json"))
-    assert levers.measure("glyphs", 1, *options)[0]["frechet_distance"] == first["frechet_distance"]
-    assert sorted(tmp_path.rglob("*.json")) == made  # what is on record is read

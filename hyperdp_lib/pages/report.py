@@ -365,7 +365,8 @@ def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
     Parameters
     ----------
     rows
-        Of ``benchmarks/levers.py``. The first lever of a set is what its others are compared with; in its own row the
+        Of ``benchmarks/levers.json``, made by an earlier version. A set's first lever is what its others are compared
+        with; in its own row the
         second training is compared with the first: what luck of training does.
     score
         ``"accuracy"`` or ``"frechet_distance"``; sets without it are left out.
