@@ -14,6 +14,7 @@ from hyperdp_lib import accounting, planning, releasing
 from hyperdp_lib.auditing import checks
 from hyperdp_lib.auditing.pipeline import miniature
 from hyperdp_lib.data import ImageSet, InputError
+from hyperdp_lib.hypernetwork import HyperNetwork
 from hyperdp_lib.measure import measure
 from hyperdp_lib.mechanism import SENSITIVITY_FACTOR
 from hyperdp_lib.planning import COUNT, COUNT_SHARE, METHODS, plan
@@ -114,7 +115,7 @@ def test_weights_without_tables_take_what_they_can(private):
     base, networks = miniature()["base"], miniature()
     one = releasing.release(private[False], quick(Weights(base, networks["plain"]), public_size=60))
     assert [entry.description for entry in one.certificate.ledger if entry.private] == [FIRST, SECOND]
-    bare = networks["plain"].__class__(networks["plain"].encoder, base, networks["plain"].config).eval()
+    bare = HyperNetwork(networks["plain"].encoder, base, networks["plain"].config).eval()
     made = quick(Weights(base, bare), public_size=60)
     assert made.choose(60, 3.7).method == "one_sum"
     with pytest.raises(InputError, match="two steps need weights with a prior"):

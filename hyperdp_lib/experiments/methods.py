@@ -233,9 +233,7 @@ def dp_deepsets(bench: Bench, epsilon: float, seed: int) -> Outcome:
     """The paper's method: one noisy sum, decoded once."""
     started = time.perf_counter()
     noisy_sum, noise_std = bench.noisy_sum(epsilon, seed)
-    with torch.no_grad():
-        sums = torch.as_tensor(noisy_sum, dtype=torch.float32, device=bench.device)
-        adapter = bench.hypernetwork(sums, noise_std)
+    adapter = planning.decode(noisy_sum, noise_std, bench.hypernetwork, bench.class_names)
     released = time.perf_counter()
     images, labels = bench.sample(adapter, seed)
     seconds = {"release": released - started, "sample": time.perf_counter() - released}

@@ -366,8 +366,7 @@ def levers_table(rows: Sequence[Mapping[str, Any]], score: str) -> str:
     ----------
     rows
         Of ``benchmarks/levers.json``, made by an earlier version. A set's first lever is what its others are compared
-        with; in its own row the
-        second training is compared with the first: what luck of training does.
+        with; in its own row the second training is compared with the first: what luck of training does.
     score
         ``"accuracy"`` or ``"frechet_distance"``; sets without it are left out.
     """
